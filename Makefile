@@ -1,0 +1,29 @@
+# Two commands for a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo compare test soak lint install
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev]"
+	touch $@
+
+demo: install  ## the main job, end to end, on the sample set
+	$(BIN)/python -m flipkd_dist.samples.demo
+
+compare: install  ## the same budget twice: L_sup alone and flip
+	$(BIN)/python -m flipkd_dist.samples.demo --compare
+
+test: install lint
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: install
+	$(BIN)/python -m pytest -m soak
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports

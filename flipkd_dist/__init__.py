@@ -1,0 +1,1 @@
+"""Flipped knowledge distillation for text matching: a small encoder teaches a large decoder."""

@@ -1,0 +1,3 @@
+from flipkd_dist.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""The adapter folder: a PEFT folder that plain `peft` loads, with `flipkd.json` beside it; verified when written."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flipkd_dist.errors import UserError
+from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.student import Student
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A pair that the adapter answers differently from its base: tells an adapter that is not applied."""
+
+    text_a: str
+    text_b: str
+    p_match: float
+    p_match_base: float
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """`flipkd.json`: what prediction needs besides the weights."""
+
+    base_model: str  # as configured: a folder, a hub id or a packaged name
+    base_fingerprint: str
+    prompt: str | None
+    answers: list[str]
+    encoder_module: str
+    max_length: int  # tokens
+    threshold: float  # of p(match)
+    step: int
+    probe: Probe
+    format_version: int = 1
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterCard":
+        value = read_json(folder / "flipkd.json")
+        try:
+            return cls(**{**value, "probe": Probe(**value["probe"])})
+        except (TypeError, KeyError):
+            raise UserError(
+                f"{folder}: no readable flipkd.json: name a run folder or its adapter folder, as `flipkd train` leaves it"
+            ) from None
+
+
+def peft_name(parameter_name: str) -> str:
+    """The name under which PEFT stores a parameter of the wrapped model."""
+    return parameter_name.replace(".default", "")
+
+
+def save_adapter(folder: Path, student: Student, state: dict[str, Tensor], tokenizer, card: AdapterCard) -> None:
+    """Write the folder whole or not at all, then reopen and verify it.
+
+    Args:
+        state: whole LoRA tensors by parameter name.
+    Raises:
+        RuntimeError: the folder does not hold what was trained.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    try:
+        save_file({peft_name(name): value.contiguous() for name, value in state.items()}, draft / WEIGHTS)
+        student.model.peft_config["default"].save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        write_json(draft / "flipkd.json", asdict(card))
+        draft.chmod(0o755)
+        verify_adapter(draft, {peft_name(name): tuple(value.shape) for name, value in state.items()})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Reopen the weights: every name with its shape, finite, and no LoRA-B left at zero.
+
+    Raises:
+        RuntimeError: one line that says what is wrong.
+    """
+    found = load_file(folder / WEIGHTS)
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    if shapes != expected:
+        wrong = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+        raise RuntimeError(
+            f"{folder / WEIGHTS}: {wrong} is missing, unexpected or of another shape: nothing was exported"
+        )
+    for name, value in found.items():
+        if not torch.isfinite(value).all():
+            raise RuntimeError(f"{folder / WEIGHTS}: {name} is not finite: lower train.learning_rate")
+        if ".lora_B." in name and not value.any():
+            raise RuntimeError(f"{folder / WEIGHTS}: {name} is all zero, nothing was learnt there: train longer")
+
+
+def load_weights(student: Student, path: Path) -> None:
+    """Put stored LoRA tensors into the student, before the engine shards it; every trainable one must be there.
+
+    Raises:
+        UserError: the file lacks a tensor, or one has another shape.
+    """
+    stored = load_file(path)
+    for name, parameter in student.lora_parameters().items():
+        value = stored.get(peft_name(name))
+        if value is None or value.shape != parameter.shape:
+            raise UserError(f"{path}: {peft_name(name)} is missing or of another shape: it belongs to another student")
+        parameter.data.copy_(value)
+
+
+def check_probe(p_match: float, probe: Probe, tolerance: float) -> None:
+    """The adapter must answer its probe as it did when it was saved.
+
+    Raises:
+        RuntimeError
+    """
+    if not abs(p_match - probe.p_match) <= tolerance:
+        raise RuntimeError(
+            f"the adapter answers its probe pair with {p_match:.6f}, not {probe.p_match:.6f} "
+            f"(its base: {probe.p_match_base:.6f}): adapter or base are not the ones that were trained"
+        )

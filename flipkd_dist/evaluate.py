@@ -1,0 +1,153 @@
+"""Scores of labelled pairs, sharded over ranks, and the metrics table: student, read-out, teacher, token overlap."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+from tqdm import tqdm
+
+from flipkd_dist.batches import BatchMaker
+from flipkd_dist.order import rows_of_rank
+from flipkd_dist.pairs import PairTable
+from flipkd_dist.student import Student
+from flipkd_dist.world import World
+
+ROWS = ("student", "student_readout", "teacher", "token_overlap")
+
+
+@torch.no_grad()
+def student_scores(
+    student: Student,
+    world: World,
+    make_batch: BatchMaker,
+    texts: Sequence[tuple[str, str]],
+    batch_size: int,
+    description: str = "evaluate",
+    forward: Callable[..., tuple] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """p(match) and the cosine of the two read-outs of every pair, on every rank: two float64 [N].
+
+    Every rank runs the same number of forwards, with dummy pairs where its share has ended: under ZeRO-3 a forward is
+    a collective.
+
+    Args:
+        forward: the engine's, where one holds the student; else the student's own.
+    """
+    forward = forward or student
+    shares = [rows_of_rank(len(texts), rank, world.size) for rank in range(world.size)]
+    own = texts[shares[world.rank]]
+    most = max(share.stop - share.start for share in shares)
+    was_training = student.training
+    student.eval()
+    found = [np.zeros((0, 2))]
+    for at in tqdm(
+        range(0, most, batch_size), description, unit="batch", disable=None if world.is_main else True, leave=False
+    ):
+        batch = own[at : at + batch_size]
+        logits, readout_a, readout_b = forward(**make_batch(batch).tensors(world.device))
+        p_match = torch.softmax(logits.double(), dim=1)[:, 0]
+        cosine = torch.cosine_similarity(readout_a.double(), readout_b.double(), dim=1)
+        found.append(torch.stack([p_match, cosine], dim=1)[: len(batch)].cpu().numpy())
+    student.train(was_training)
+    scores = np.concatenate(world.gather_object(np.concatenate(found)))
+    return scores[:, 0], scores[:, 1]
+
+
+def pair_texts(pairs: PairTable) -> list[tuple[str, str]]:
+    return [(pairs.texts[a], pairs.texts[b]) for a, b in zip(pairs.text_a, pairs.text_b, strict=True)]
+
+
+def teacher_scores(pairs: PairTable, vectors: np.ndarray) -> np.ndarray:
+    """The teacher's cosine of every pair [N]; `vectors` are unit vectors, a row for each of `pairs.texts`."""
+    return np.einsum("nd,nd->n", vectors[pairs.text_a], vectors[pairs.text_b]).astype(np.float64)
+
+
+def token_overlap(pairs: PairTable) -> np.ndarray:
+    """Jaccard overlap of the two texts' words (Chinese: characters), lower-cased [N]."""
+    words = [set(re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())) for text in pairs.texts]
+    return np.array(
+        [
+            len(words[a] & words[b]) / max(len(words[a] | words[b]), 1)
+            for a, b in zip(pairs.text_a, pairs.text_b, strict=True)
+        ]
+    )
+
+
+def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The threshold with the best F1; 0.5 where the labels are all alike."""
+    if len(set(labels.tolist())) < 2:
+        return 0.5
+    precision, recall, thresholds = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return float(thresholds[int(np.argmax(f1[:-1]))])
+
+
+def binary_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | int | None]:
+    """Metrics of one row; the ranking metrics are None where the labels are all alike."""
+    predicted = (scores >= threshold).astype(int)
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0)
+    both = len(set(labels.tolist())) == 2
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "f1": float(f1),
+        "precision": float(precision),
+        "recall": float(recall),
+        "roc_auc": float(roc_auc_score(labels, scores)) if both else None,
+        "average_precision": float(average_precision_score(labels, scores)) if both else None,
+        "threshold": float(threshold),
+        "num_pairs": len(labels),
+    }
+
+
+def metrics_by_kind(
+    rows: dict[str, np.ndarray], pairs: PairTable, thresholds: dict[str, float], split: str
+) -> dict[str, dict[str, dict]]:
+    """`{split: {row: metrics}}`; pairs that are marked as hard negatives get a table of their own, `SPLIT_hard`.
+
+    Both tables share the matching pairs. Without `kind` in the data there is one table.
+    """
+    kinds = np.array(pairs.kind)
+    chosen = {split: kinds != "hard"}
+    if (kinds == "hard").any():
+        chosen[f"{split}_hard"] = (kinds == "hard") | (pairs.label == 1)
+    return {
+        name: {row: binary_metrics(scores[mask], pairs.label[mask], thresholds[row]) for row, scores in rows.items()}
+        for name, mask in chosen.items()
+    }
+
+
+def thresholds_from(rows: dict[str, np.ndarray] | None, pairs: PairTable | None) -> dict[str, float]:
+    """Each row's threshold: the best F1 on validation pairs (hard negatives left out), 0.5 without validation."""
+    if rows is None:
+        return dict.fromkeys(ROWS, 0.5)
+    mask = np.array(pairs.kind) != "hard"
+    return {row: best_threshold(scores[mask], pairs.label[mask]) for row, scores in rows.items()}
+
+
+def format_table(metrics: dict[str, dict[str, dict]]) -> str:
+    """The metrics as fixed-width text."""
+    names = {
+        "student": "student p(match)",
+        "student_readout": "student read-out",
+        "teacher": "teacher",
+        "token_overlap": "token overlap",
+    }
+    lines = [
+        f"{'split':<16}{'row':<20}{'accuracy':>9}{'f1':>8}{'roc_auc':>9}{'avg_prec':>9}{'threshold':>11}{'pairs':>8}"
+    ]
+    for split, table in metrics.items():
+        for row, value in table.items():
+            figures = [value["accuracy"], value["f1"], value["roc_auc"], value["average_precision"]]
+            text = [f"{figure:.4f}" if figure is not None else "-" for figure in figures]
+            lines.append(
+                f"{split:<16}{names[row]:<20}{text[0]:>9}{text[1]:>8}{text[2]:>9}{text[3]:>9}"
+                f"{value['threshold']:>11.4f}{value['num_pairs']:>8}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,179 @@
+"""The stages of a run: score, train, evaluate, register. One that is complete for the same inputs says so."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
+from flipkd_dist.preflight import Inputs, check_inputs
+from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
+from flipkd_dist.registry import register
+from flipkd_dist.run_folder import digest, read_json, write_json
+from flipkd_dist.score import filter_shares, report, score
+from flipkd_dist.tracking import RunLogger, start_run, tracking_uri
+
+logger = logging.getLogger("flipkd_dist")
+NUM_OFF_DIAGONAL = 100_000  # sampled pairs of first and second texts, to see what the filter keeps
+NUM_EXAMPLES = 5  # pairs kept with the registered model
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Every path that exists, made absolute: workers run in other folders."""
+
+    def whole(value):
+        if isinstance(value, list):
+            return [whole(one) for one in value]
+        return str(Path(value).expanduser().resolve()) if value and Path(value).expanduser().exists() else value
+
+    values = config.model_dump()
+    values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
+    for section, keys in (
+        ("data", ("train", "validation", "test")),
+        ("teacher", ("model_name_or_path",)),
+        ("student", ("model_name_or_path",)),
+        ("distributed", ("deepspeed", "storage_path")),
+    ):
+        for key in keys:
+            values[section][key] = whole(values[section][key])
+    return RunConfig.model_validate(values)
+
+
+class Pipeline:
+    def __init__(self, config: RunConfig):
+        """Checks every input before anything is started or written.
+
+        Raises:
+            UserError
+        """
+        self.config = absolute_paths(config)
+        self.inputs: Inputs = check_inputs(self.config)
+        self.folder = self.inputs.folder
+        join_or_start_ray(self.config)
+        self.folder.open()
+        self.trained = self.inputs.digest("train", "validation")
+        self.evaluated = self.inputs.digest("train", "validation", "test")
+
+    def score(self) -> None:
+        start = time.monotonic()
+        inputs, train = self.inputs, self.inputs.splits["train"]
+        score(inputs.texts, inputs.store, partial(map_on_actors, inputs), self.config.teacher.num_workers)
+        vectors = inputs.store.vectors(train.texts)
+        generator = np.random.default_rng(self.config.seed)
+        rows, columns = generator.integers(len(train), size=(2, NUM_OFF_DIAGONAL))
+        rows, columns = rows[rows != columns], columns[rows != columns]
+        off_diagonal = np.einsum("nd,nd->n", vectors[train.text_a[rows]], vectors[train.text_b[columns]])
+        similarity = teacher_scores(train, vectors)
+        for line in report(similarity, train.label, off_diagonal, self.config.loss.threshold):
+            logger.info(line)
+        kept = filter_shares(similarity, train.label, off_diagonal, self.config.loss.threshold)
+        if self.config.loss.mcl_weight > 0 and not kept.off_diagonal:
+            raise UserError(
+                f"loss.threshold: {self.config.loss.threshold} keeps no off-diagonal negative of this teacher, so that "
+                "L_MCL would learn nothing: lower it or set loss.mcl_weight to 0"
+            )
+        self._say("score", start)
+
+    def train(self, then_evaluate: bool = False) -> None:
+        """Train unless the adapter is complete; evaluation in the same workers saves their start."""
+        start = time.monotonic()
+        stages = [] if self._complete("train", self.trained) else ["train"]
+        if then_evaluate and (stages or not self._complete("evaluate", self.evaluated)):
+            stages.append("evaluate")
+        if not stages:
+            return
+        run_id = self._mlflow_run() if "train" in stages else None
+        tracker = RunLogger(tracking_uri(self.config), run_id)
+        try:
+            run_workers(self.config, stages, run_id)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        if "train" in stages:
+            self.folder.mark_done("train", self.trained)
+            tracker.finish()
+        if "evaluate" in stages:
+            self._report_evaluation()
+        self._say(" and ".join(stages), start)
+
+    def evaluate(self) -> None:
+        if not (self.folder.adapter / "flipkd.json").exists():
+            raise UserError(f"{self.folder.path}: no adapter yet: run `flipkd train` with this configuration first")
+        if self._complete("evaluate", self.evaluated):
+            logger.info(self._table())
+            return
+        start = time.monotonic()
+        run_workers(self.config, ["evaluate"], None)
+        self._report_evaluation()
+        self._say("evaluate", start)
+
+    def register(self) -> None:
+        if not (self.folder.adapter / "flipkd.json").exists():
+            raise UserError(f"{self.folder.path}: no adapter yet: run `flipkd train` with this configuration first")
+        tracking = self.config.tracking
+        inputs = digest(self.trained, tracking_uri(self.config), tracking.registered_model, tracking.alias)
+        if self._complete("register", inputs):
+            return
+        start = time.monotonic()
+        pairs = self.inputs.splits.get("validation") or self.inputs.splits["train"]
+        run_id = (read_json(self.folder.path / "mlflow.json") or {}).get("run_id")
+        if run_id is None:
+            raise UserError(
+                f"{self.folder.path}: mlflow.json is missing: run `flipkd train` with this configuration first"
+            )
+        register(self.config, run_id, self.folder.adapter, pair_texts(pairs)[:NUM_EXAMPLES])
+        self.folder.mark_done("register", inputs)
+        self._say("register", start)
+
+    def run(self) -> None:
+        self.score()
+        self.train(then_evaluate=True)
+        self.register()
+        print(self._table())
+        print(f"\nrun folder: {self.folder.path}\nMLflow:     {tracking_uri(self.config)}")
+
+    def _mlflow_run(self) -> str:
+        """The MLflow run of this training; a training that was interrupted goes on in its own."""
+        path = self.folder.path / "mlflow.json"
+        known = read_json(path) or {}
+        if known.get("training") == self.trained and known.get("uri") == tracking_uri(self.config):
+            return known["run_id"]
+        run_id = start_run(self.config)
+        write_json(path, {"run_id": run_id, "uri": tracking_uri(self.config), "training": self.trained})
+        return run_id
+
+    def _report_evaluation(self) -> None:
+        self.folder.mark_done("evaluate", self.evaluated)
+        logger.info(self._table())
+        run_id = (read_json(self.folder.path / "mlflow.json") or {}).get("run_id")
+        tracker = RunLogger(tracking_uri(self.config), run_id)
+        metrics = read_json(self.folder.metrics)
+        tracker.metrics(
+            {
+                f"{split}.{row}.{key}": value
+                for split, table in metrics.items()
+                if isinstance(table, dict)
+                for row, figures in table.items()
+                for key, value in figures.items()
+                if value is not None
+            },
+            metrics["step"],
+        )
+        tracker.artifact(self.folder.metrics)
+
+    def _table(self) -> str:
+        metrics = read_json(self.folder.metrics)
+        return format_table({name: table for name, table in metrics.items() if isinstance(table, dict)})
+
+    def _complete(self, stage: str, inputs: str) -> bool:
+        if self.folder.done(stage, inputs):
+            logger.info("%s: complete for the same inputs, skipped", stage)
+            return True
+        return False
+
+    def _say(self, stage: str, start: float) -> None:
+        logger.info("%s: done in %.0f s", stage, time.monotonic() - start)

@@ -1,0 +1,60 @@
+"""The verb `predict`: a file of pairs in, the same records with p(match) out."""
+
+import os
+from pathlib import Path
+
+from flipkd_dist.errors import UserError
+from flipkd_dist.pair_command import _read as read_fields
+from flipkd_dist.pair_fields import Record, text_of
+from flipkd_dist.pair_files import check_output, write_records
+from flipkd_dist.predict import Matcher, adapter_folder
+from flipkd_dist.registry import download_adapter
+
+
+def _pair(record: Record, text_a: str, text_b: str) -> tuple[Record, tuple[str, str]]:
+    return record, (text_of(record, text_a, "--text-a"), text_of(record, text_b, "--text-b"))
+
+
+def predict_file(
+    model: str,
+    source: Path,
+    output: Path,
+    text_a: str,
+    text_b: str,
+    batch_size: int = 64,
+    base_model: str | None = None,
+    tracking_uri: str | None = None,
+) -> int:
+    """Write every record of `source` with `p_match`, `similarity` and `match`; the number of pairs.
+
+    Raises:
+        UserError: an unreadable input, an output that cannot be written, or no such model.
+    """
+    check_output(output)
+    pairs = read_fields(source, _pair, text_a, text_b)
+    if model.startswith("models:/"):
+        folder = download_adapter(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(), model)
+    else:
+        folder = adapter_folder(model)
+    matcher = Matcher(folder, base_model)
+    p_match, similarity = matcher.predict([texts for _, texts in pairs], batch_size)
+    write_records(
+        {
+            output: [
+                {**record, "p_match": float(p), "similarity": float(s), "match": int(p >= matcher.threshold)}
+                for (record, _), p, s in zip(pairs, p_match, similarity, strict=True)
+            ]
+        }
+    )
+    return len(pairs)
+
+
+def local_tracking_uri() -> str:
+    """The only `runs/*/mlflow.db` there is."""
+    found = sorted(Path("runs").glob("*/mlflow.db"))
+    if len(found) != 1:
+        raise UserError(
+            f"--tracking-uri: which MLflow? {len(found)} of runs/*/mlflow.db found here: "
+            "give --tracking-uri sqlite:///FILE or set MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{found[0].resolve()}"

@@ -1,0 +1,124 @@
+"""Prompt, texts and answers as tokens. Parts are tokenised apart, so a text's span is exact for every tokenizer."""
+
+from dataclasses import dataclass
+
+from flipkd_dist.errors import UserError
+
+TEMPLATES = {
+    "faq": (
+        "You know a company's frequently asked questions by heart. Would one and the same answer settle both of these "
+        'questions? Reply with just "Yes" or "No".\nFirst: "{text_a}"\nSecond: "{text_b}"\nReply:'
+    ),
+    "finance": (
+        "You are a specialist in finance. Do these two customer messages ask for the same thing? "
+        'Reply with just "Yes" or "No".\nFirst: "{text_a}"\nSecond: "{text_b}"\nReply:'
+    ),
+    "medical": (
+        "You are a specialist in medicine. Do these two texts deal with the same matter, so that a reader of the first "
+        'is served by the second? Reply with just "Yes" or "No".\nFirst: "{text_a}"\nSecond: "{text_b}"\nReply:'
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair's own tokens, behind the shared prefix: text 1, separator, text 2, suffix. Spans are within `ids`."""
+
+    ids: list[int]
+    text_a: slice
+    text_b: slice
+    truncated: bool = False
+
+
+def _split(prompt: str | None) -> tuple[str, str, str]:
+    template = TEMPLATES.get(prompt or "faq", prompt)
+    for name in ("{text_a}", "{text_b}"):
+        if template.count(name) != 1:
+            raise UserError(
+                f"student.prompt: {template[:60]!r} must hold {name} exactly once: "
+                f"correct it or take one of {', '.join(TEMPLATES)}"
+            )
+    before, rest = template.split("{text_a}")
+    if "{text_b}" not in rest:
+        raise UserError("student.prompt: {text_b} stands before {text_a}: put {text_a} first")
+    return before, *rest.split("{text_b}")
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _leading_specials(tokenizer) -> list[int]:
+    """What the tokenizer puts before any input (BOS, [CLS], [gMASK]<sop>); what it appends is left out."""
+    bare = _tokens(tokenizer, "a")
+    full = tokenizer("a")["input_ids"]
+    return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
+
+
+class PairEncoder:
+    """Turns two texts into tokens under one prompt; the same in training, evaluation, prediction and the registry."""
+
+    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int):
+        """`max_length` counts the tokens of prompt and both texts.
+
+        Raises:
+            UserError: a prompt without {text_a} and {text_b} in this order, or too long for `max_length`.
+        """
+        before, between, after = _split(prompt)
+        self.tokenizer = tokenizer
+        self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
+        self.separator = _tokens(tokenizer, between)
+        self.suffix = _tokens(tokenizer, after)
+        self.room = max_length - len(self.prefix) - len(self.separator) - len(self.suffix)
+        if self.room < 2:
+            raise UserError(
+                f"data.max_length: {max_length} tokens leave no room for two texts beside a prompt of "
+                f"{max_length - self.room}: raise it or shorten student.prompt"
+            )
+        self.answer_ids = answer_ids(tokenizer, answers, after)
+
+    def encode(self, text_a: str, text_b: str) -> EncodedPair:
+        """Cut from the longer text first; at least one token of each stays, and all of the prompt."""
+        a, b = _tokens(self.tokenizer, text_a), _tokens(self.tokenizer, text_b)
+        if not a or not b:
+            raise UserError(
+                f"data: the student's tokenizer turns {(text_a if not a else text_b)[:40]!r} into no tokens: "
+                "remove this pair"
+            )
+        kept_a, kept_b = kept_lengths(len(a), len(b), self.room)
+        ids = a[:kept_a] + self.separator + b[:kept_b] + self.suffix
+        start_b = kept_a + len(self.separator)
+        truncated = kept_a < len(a) or kept_b < len(b)
+        return EncodedPair(ids, slice(0, kept_a), slice(start_b, start_b + kept_b), truncated)
+
+
+def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
+    """How many tokens of each text fit into `room` (at least 2) when the longer text is cut first."""
+    if length_a + length_b <= room:
+        return length_a, length_b
+    shorter = min(length_a, length_b, room // 2)
+    return (shorter, room - shorter) if length_a <= length_b else (room - shorter, shorter)
+
+
+def answer_ids(tokenizer, answers: list[str], suffix: str) -> list[int]:
+    """The single tokens that `answers` are, after a prompt that ends in `suffix`.
+
+    Byte-level vocabularies write a word inside a sentence with its leading space, so after a prompt that does not end
+    in white space that form is tried first; both answers take the same form.
+
+    Raises:
+        UserError: no form in which both answers are single, known and distinct tokens.
+    """
+    spaces = ["", " "] if not suffix or suffix[-1].isspace() else [" ", ""]
+    for space in spaces:
+        ids = [_tokens(tokenizer, space + answer) for answer in answers]
+        single = all(len(one) == 1 and one[0] != tokenizer.unk_token_id for one in ids)
+        if single and ids[0] != ids[1]:
+            return [ids[0][0], ids[1][0]]
+    found = ", ".join(
+        f"{answer!r} = {tokenizer.convert_ids_to_tokens(_tokens(tokenizer, answer))}" for answer in answers
+    )
+    raise UserError(
+        f"student.answers: must be two different single tokens of the student's vocabulary, found {found}: "
+        "choose others, such as 是 and 否"
+    )

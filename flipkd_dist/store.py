@@ -1,0 +1,188 @@
+"""The teacher's store: one vector per unique text, in Parquet shards under `teacher/` of a run.
+
+A shard is complete or absent (temporary name, then rename); the manifest is written last and names the shards that
+readers use. Shards carry the key of their specification in their name, so that another teacher starts afresh and finds
+its own vectors again later. Shapes: n texts, k vectors of a shard, d the hidden size.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+logger = logging.getLogger("flipkd_dist")
+
+KEY = np.dtype("V16")
+MANIFEST = "manifest.json"
+
+
+def text_key(text: str) -> bytes:
+    """16 bytes that stand for the text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _keys_of(texts: Iterable[str]) -> np.ndarray:
+    return np.frombuffer(b"".join(map(text_key, texts)), KEY)
+
+
+def _find(sorted_keys: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(position in `sorted_keys`, whether it is there) of each key."""
+    if not len(sorted_keys):
+        return np.zeros(len(keys), np.intp), np.zeros(len(keys), bool)
+    position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return position, sorted_keys[position] == keys
+
+
+def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that is whole under `path`, or not there, whenever the machine stops."""
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # two writers of one shard never share a draft
+    with draft.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """Everything that a vector depends on besides its text."""
+
+    teacher_fingerprint: str
+    pooling: str
+    max_length: int  # tokens
+    hidden_size: int
+    dtype: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """12 hex digits that stand for the specification."""
+        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """The vectors of one specification in `folder`; shards of others are left alone. Cheap to send to a worker."""
+
+    folder: Path
+    spec: StoreSpec
+
+    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+        """(keys [k], vectors [k, d]) of a shard; None, with a warning, where it cannot be read whole."""
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read()
+            if json.loads(table.schema.metadata[b"flipkd"]) != asdict(self.spec):
+                raise ValueError("its specification is not the one in its name")
+            vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+            return np.frombuffer(b"".join(table["key"].to_pylist()), KEY), vectors
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("teacher store: %s cannot be used (%s): its texts count as missing", path, reason)
+            return None
+
+    def _shards(self, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+        """(path, keys [k], vectors [k, d]) of those shards that can be read, one in memory at a time."""
+        for path in paths:
+            shard = self._read(path)
+            if shard is not None:
+                yield path, *shard
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.spec.key}-*.parquet"))
+
+    def _manifest_paths(self) -> list[Path] | None:
+        """The shards that the manifest names; None where there is no manifest, or not one of this specification."""
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+            if manifest["spec"] != asdict(self.spec):
+                return None
+            paths = [self.folder / shard["name"] for shard in manifest["shards"]]
+            sizes = [shard["bytes"] for shard in manifest["shards"]]
+            return paths if [path.stat().st_size for path in paths] == sizes else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _all_keys(self, paths: Iterable[Path]) -> np.ndarray:
+        return np.unique(np.concatenate([np.empty(0, KEY), *(keys for _, keys, _ in self._shards(paths))]))
+
+    def stored_keys(self) -> np.ndarray:
+        """The sorted keys of every complete shard, in the manifest or not."""
+        return self._all_keys(self._paths())
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """The unique texts that no complete shard holds, in the order given."""
+        unique = list(dict.fromkeys(texts))
+        _, there = _find(self.stored_keys(), _keys_of(unique))
+        return [text for text, is_there in zip(unique, there, strict=True) if not is_there]
+
+    def is_complete(self, texts: Iterable[str]) -> bool:
+        """Whether the manifest is there, its shards are whole and they hold every text."""
+        paths = self._manifest_paths()
+        return paths is not None and bool(_find(self._all_keys(paths), _keys_of(texts))[1].all())
+
+    def write_shard(self, texts: list[str], vectors: np.ndarray) -> Path:
+        """Add the vectors [k, d] of k texts; safe to repeat and to race."""
+        assert vectors.shape == (len(texts), self.spec.hidden_size) and texts, vectors.shape
+        keys = _keys_of(texts)
+        width = self.spec.hidden_size
+        values = pa.array(np.ascontiguousarray(vectors, self.spec.dtype).ravel())
+        columns = {
+            "key": pa.array([key.tobytes() for key in keys], pa.binary(16)),
+            "vector": pa.FixedSizeListArray.from_arrays(values, width),
+        }
+        table = pa.table(columns).replace_schema_metadata({"flipkd": json.dumps(asdict(self.spec))})
+        name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+        path = self.folder / f"{self.spec.key}-{name}.parquet"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Neither dictionaries nor compression gain anything on vectors.
+        options = dict(use_dictionary=False, compression="none", write_statistics=False, write_page_checksum=True)
+        _write_durably(path, lambda file: pq.write_table(table, file, **options))
+        return path
+
+    def write_manifest(self) -> None:
+        """Declare every complete shard part of the store; what killed writers left behind is removed."""
+        keys, shards = [np.empty(0, KEY)], []
+        for path, shard_keys, _ in self._shards(self._paths()):
+            keys.append(shard_keys)
+            shards.append({"name": path.name, "bytes": path.stat().st_size, "rows": len(shard_keys)})
+        num_vectors = len(np.unique(np.concatenate(keys)))
+        manifest = {"spec": asdict(self.spec), "num_vectors": num_vectors, "shards": shards}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(manifest, indent=1) + "\n"
+        _write_durably(self.folder / MANIFEST, lambda file: file.write(text.encode()))
+        for draft in self.folder.glob(f"{self.spec.key}-*.tmp"):
+            draft.unlink(missing_ok=True)
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        """The stored vectors of the texts, [n, d] in the order given.
+
+        Every call reads the whole store, a shard at a time: ask once for all the texts of a split.
+
+        Raises:
+            KeyError: the store is not complete for these texts (an error of ours: scoring comes first).
+        """
+        wanted, row_of_text = np.unique(_keys_of(texts), return_inverse=True)
+        found = np.zeros(len(wanted), bool)
+        values = np.empty((len(wanted), self.spec.hidden_size), self.spec.dtype)
+        for _, keys, vectors in self._shards(self._manifest_paths() or []):
+            position, is_wanted = _find(wanted, keys)
+            values[position[is_wanted]] = vectors[is_wanted]
+            found[position[is_wanted]] = True
+        if not found.all():
+            first = texts[int(np.argmin(found[row_of_text]))]
+            raise KeyError(f"{self.folder} lacks {np.sum(~found)} of {len(wanted)} texts, the first is {first!r}")
+        return values[row_of_text]

@@ -1,0 +1,274 @@
+"""The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer's LoRA-A."""
+
+import hashlib
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from flipkd_dist.config import StudentConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.packing import ComputeCost
+
+LORA_A_STD = 0.01  # FlipKD, section 4
+FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MASKABLE_ATTENTION = ("sdpa", "eager")
+# Settings that change the logits beyond a product with the output matrix.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
+ATTENTION_SLOWDOWN = 3.0
+
+
+class Student(nn.Module):
+    """Two logits and two read-outs a pair.
+
+    Shapes: R rows of L tokens, m pairs, r the rank of LoRA.
+    """
+
+    def __init__(self, model: nn.Module, answer_rows: Tensor, answer_bias: Tensor | None, encoder_module: str):
+        """
+        Args:
+            model: the PEFT model of a causal LM.
+            answer_rows: [2, hidden], rows of the frozen output matrix for the matching and the other answer.
+            answer_bias: [2] or None.
+            encoder_module: the projection whose LoRA-A in the last layer is read.
+        """
+        super().__init__()
+        self.model = model
+        self.register_buffer("answer_rows", answer_rows, persistent=False)
+        self.register_buffer("answer_bias", answer_bias, persistent=False)
+        self.encoder_module = encoder_module
+        self._captured: Tensor | None = None
+        self.encoder_name, encoder = last_encoder(model, encoder_module)
+        encoder.register_forward_hook(self._capture)
+
+    def _capture(self, _module, _inputs, output: Tensor) -> None:
+        # Activation checkpointing runs the module again in the backward: the first output is the one in the graph.
+        if self._captured is None:
+            self._captured = output
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        segments: Tensor,
+        answer_positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums."""
+        self._captured = None
+        body = self.model.get_base_model().base_model
+        if attention_mask.dim() == 4 and self.model.config._attn_implementation == "eager":
+            dtype = self.answer_rows.dtype
+            attention_mask = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
+                ~attention_mask, torch.finfo(dtype).min
+            )
+        hidden = body(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        answers = hidden.flatten(0, 1)[answer_positions]
+        logits = nn.functional.linear(answers, self.answer_rows, self.answer_bias)
+        readouts = self._segment_means(self._captured, segments, len(answer_positions))
+        self._captured = None
+        return logits.float(), readouts[0::2], readouts[1::2]
+
+    @staticmethod
+    def _segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
+        """Mean of `values` [R, L, r] over the tokens of each text: [2m, r]."""
+        slots = segments.flatten()
+        sums = values.new_zeros(2 * num_pairs + 1, values.shape[-1], dtype=torch.float32)
+        sums = sums.index_add(0, slots, values.flatten(0, 1).float())
+        counts = torch.zeros(len(sums), device=slots.device).index_add(0, slots, torch.ones_like(slots).float())
+        return (sums / counts.clamp(min=1).unsqueeze(1))[: 2 * num_pairs]
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @staticmethod
+    def cost_of(config) -> ComputeCost:
+        """Cost of a layer's token and of a token pair, from the shapes of the configuration."""
+        hidden = config.hidden_size
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+        linear = 2 * (4 * hidden * hidden + 3 * hidden * intermediate)
+        return ComputeCost(linear, 4 * hidden * ATTENTION_SLOWDOWN)
+
+
+def last_encoder(model: nn.Module, encoder_module: str) -> tuple[str, nn.Module]:
+    """Name and module of LoRA-A in the last layer's `encoder_module`."""
+    found = []
+    for name, module in model.named_modules():
+        layer = re.search(r"\.(\d+)\.", name)
+        if isinstance(module, LoraLayer) and name.rsplit(".", 1)[-1] == encoder_module and layer:
+            found.append((int(layer.group(1)), name, module.lora_A["default"]))
+    if not found:
+        raise UserError(
+            f"student.encoder_module: no layer has LoRA on {encoder_module!r}: name one of student.lora_target_modules"
+        )
+    return max(found)[1:] if len({layer for layer, *_ in found}) == len(found) else _ambiguous(encoder_module)
+
+
+def _ambiguous(encoder_module: str):
+    raise UserError(f"student.encoder_module: {encoder_module!r} stands more than once in a layer: name another")
+
+
+def attention_targets(model: nn.Module) -> list[str]:
+    """The attention projections that get LoRA: the fused one, or q, k, v and o."""
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for fused in FUSED_PROJECTIONS:
+        if fused in leaves:
+            return [fused]
+    if set(SPLIT_PROJECTIONS) <= leaves:
+        return list(SPLIT_PROJECTIONS)
+    raise UserError(
+        f"student.lora_target_modules: neither {', '.join(SPLIT_PROJECTIONS)} nor a fused projection found in "
+        f"{type(model).__name__}: name the attention's modules"
+    )
+
+
+def check_base(folder: Path, settings: StudentConfig):
+    """The base's configuration, or a UserError that says why it cannot be a student; loads no weights."""
+    name = settings.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"student.model_name_or_path: {name} cannot be loaded ({_first_line(error)})") from None
+    if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(f"student.model_name_or_path: {name} ({config.model_type}) is not a causal LM: take a decoder")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"student.model_name_or_path: {name} is quantised already: take the original weights")
+    for key in LOGIT_TRANSFORMS:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"student.model_name_or_path: {name} sets {key}, which two-row logits leave out: take another"
+            )
+    return config
+
+
+def attention_implementation(settings: StudentConfig) -> str:
+    """sdpa unless named; an implementation that cannot take the mask of packed rows is refused."""
+    if settings.attn_implementation == "auto":
+        return "sdpa"
+    if settings.attn_implementation not in MASKABLE_ATTENTION:
+        raise UserError(
+            f"student.attn_implementation: {settings.attn_implementation} cannot take the mask of packed rows: "
+            f"take one of auto, {', '.join(MASKABLE_ATTENTION)}"
+        )
+    return settings.attn_implementation
+
+
+def shares_prefix(config, max_length: int) -> bool:
+    """Whether packed rows are exact: not where a sliding window is shorter than the sequence."""
+    window = getattr(config, "sliding_window", None)
+    uses_window = getattr(config, "use_sliding_window", window is not None)
+    return not (uses_window and window and window < max_length)
+
+
+def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{key}: the tokenizer in {folder} cannot be loaded ({_first_line(error)})") from None
+
+
+def load_student(
+    folder: Path,
+    settings: StudentConfig,
+    answers: list[int],
+    rank: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    sharded=nullcontext,
+) -> Student:
+    """Load the frozen base and put fresh LoRA on it: A ~ N(0, 0.01^2) from the seed and its name, B = 0.
+
+    Args:
+        answers: token ids of the matching and the other answer.
+        rank: r of LoRA where the settings leave it open (the teacher's hidden size).
+        sharded: context manager under which the base is loaded (ZeRO-3's shards).
+    Raises:
+        UserError: a base that cannot be loaded, or modules that it lacks.
+    """
+    config = check_base(folder, settings)
+    try:
+        with sharded():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention_implementation(settings),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"student.model_name_or_path: {settings.model_name_or_path} cannot be loaded ({_first_line(error)})"
+        ) from None
+    rows, bias = output_rows(model, folder, answers)
+    if gradient_checkpointing:
+        # The reentrant kind detaches what the hook captures: the read-out would have no gradient.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    targets = settings.lora_target_modules or attention_targets(model)
+    lora_r = settings.lora_r or rank
+    lora = LoraConfig(
+        r=lora_r,
+        lora_alpha=settings.lora_alpha or lora_r,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"student.lora_target_modules: {targets} do not fit ({_first_line(error)})") from None
+    student = Student(
+        model, rows.to(dtype), None if bias is None else bias.to(dtype), settings.encoder_module or targets[0]
+    )
+    initialise_lora(student, seed)
+    return student
+
+
+def initialise_lora(student: Student, seed: int) -> None:
+    """A ~ N(0, 0.01^2), B = 0; a tensor's values depend on the seed and its name alone, not on rank or world."""
+    for name, parameter in student.lora_parameters().items():
+        if ".lora_A." in name:
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            values = torch.randn(parameter.shape, generator=generator) * LORA_A_STD
+            parameter.data.copy_(values)
+        else:
+            parameter.data.zero_()
+
+
+def output_rows(model: nn.Module, folder: Path, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Rows [2, hidden] and bias [2] of the output matrix, read from the files: its parameter may be partitioned."""
+    head = model.get_output_embeddings()
+    # A tied matrix has several names, of which the files hold one.
+    weight_names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
+    head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
+    weight = _read_rows(folder, weight_names, rows)
+    if weight is None:
+        raise UserError(f"student.model_name_or_path: no tensor {' or '.join(weight_names)} in {folder}: not supported")
+    return weight, _read_rows(folder, [f"{head_name}.bias"], rows) if getattr(head, "bias", None) is not None else None
+
+
+def _read_rows(folder: Path, names: list[str], rows: list[int]) -> Tensor | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in set(tensors.keys()) & set(names):
+                matrix = tensors.get_slice(name)
+                return torch.stack([matrix[row : row + 1][0] for row in rows])
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,159 @@
+"""MLflow: one run per training, created by the driver, logged into by rank 0; a logging failure never stops training.
+
+The only module that imports mlflow, inside the functions that need it (besides `pyfunc_model.py`, which MLflow runs).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flipkd_dist.config import RunConfig
+
+logger = logging.getLogger("flipkd_dist")
+LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
+RUN_FILE = "mlflow.json"
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """The server that is named, else a SQLite file in the run folder."""
+    named = config.tracking.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return named or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
+
+
+def client(uri: str):
+    """A client of tracking server and registry at `uri`."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow.MlflowClient(uri, uri)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted parameters as texts of a length that every store takes."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = (value if isinstance(value, str) else json.dumps(value))[:LONGEST_PARAMETER]
+    return flat
+
+
+def start_run(config: RunConfig) -> str:
+    """Create the training's MLflow run and log the configuration; the run's id. Called once, by the driver."""
+    uri = tracking_uri(config)
+    mlflow_client = client(uri)
+    experiment = mlflow_client.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        local = uri.startswith("sqlite:")
+        location = (config.run_dir / "mlartifacts").resolve().as_uri() if local else None
+        experiment_id = mlflow_client.create_experiment(config.tracking.experiment, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    run_id = mlflow_client.create_run(experiment_id, run_name=config.name).info.run_id
+    for key, value in flatten(config.model_dump(mode="json")).items():
+        mlflow_client.log_param(run_id, key, value, synchronous=True)
+    mlflow_client.log_artifact(run_id, str(config.run_dir / "config.yaml"))
+    return run_id
+
+
+class RunLogger:
+    """Metrics into an MLflow run; does nothing without a run id (other ranks)."""
+
+    def __init__(self, uri: str, run_id: str | None):
+        self.uri, self.run_id, self._client = uri, run_id, None
+
+    @contextmanager
+    def _quietly(self, what: str) -> Iterator[Any]:
+        try:
+            self._client = self._client or client(self.uri)
+            yield self._client
+        except Exception as error:  # whatever the server does, training goes on: metrics.jsonl has it all
+            logger.warning("mlflow: %s was not logged (%s)", what, " ".join(str(error).split())[:200])
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        if self.run_id is None:
+            return
+        with self._quietly(f"step {step}") as mlflow_client:
+            import time
+
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            mlflow_client.log_batch(
+                self.run_id, [Metric(key, float(value), now, step) for key, value in values.items()]
+            )
+
+    def artifact(self, path: Path) -> None:
+        if self.run_id is not None:
+            with self._quietly(path.name) as mlflow_client:
+                mlflow_client.log_artifact(self.run_id, str(path))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        if self.run_id is not None:
+            with self._quietly("the end of the run") as mlflow_client:
+                mlflow_client.set_terminated(self.run_id, status)
+
+
+def log_pyfunc(
+    config: RunConfig,
+    run_id: str,
+    name: str,
+    code: Path,
+    adapter: Path,
+    example: list[tuple[str, str]],
+    outputs: dict[str, Any],
+    model_config: dict[str, Any],
+    description: str,
+) -> str:
+    """Log the adapter as a models-from-code pyfunc in the training's run and register it; the new version."""
+    mlflow_client = client(tracking_uri(config))
+    import mlflow
+    import pandas as pd
+    from mlflow.models import infer_signature
+
+    inputs = pd.DataFrame(example, columns=["text_a", "text_b"])
+    with mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(code),
+            artifacts={"adapter": str(adapter)},
+            model_config=model_config,
+            signature=infer_signature(inputs, pd.DataFrame(outputs)),
+            input_example=inputs,
+            pip_requirements=[f"flipkd_dist=={version('flipkd_dist')}"],
+            registered_model_name=name,
+        )
+    mlflow_client.update_model_version(name, info.registered_model_version, description)
+    return str(info.registered_model_version)
+
+
+def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]]) -> Any:
+    """p(match) of the example from the registered version, loaded as any MLflow user would."""
+    client(tracking_uri(config))
+    import mlflow
+    import pandas as pd
+
+    model = mlflow.pyfunc.load_model(uri)
+    return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
+
+
+def point_alias(config: RunConfig, name: str, version: str) -> None:
+    client(tracking_uri(config)).set_registered_model_alias(name, config.tracking.alias, version)
+
+
+def download_model(uri: str, model: str, target: str) -> str:
+    """Files of a registered model; the local folder."""
+    client(uri)
+    import mlflow
+
+    return mlflow.artifacts.download_artifacts(artifact_uri=model, dst_path=target, tracking_uri=uri)

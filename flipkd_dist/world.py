@@ -1,0 +1,58 @@
+"""The processes of a run, and the few collectives the rest of the package uses; rank 0 of 1 needs no process group."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def current(cls, device: torch.device | str = "cpu") -> "World":
+        """The world of the process group that is initialised, if one is."""
+        device = torch.device(device)
+        return cls(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else cls(device=device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks, in float64 and without gradient; every rank must call it."""
+        total = values.detach().double()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather_rows(self, rows: Tensor, rows_per_rank: list[int]) -> Tensor:
+        """Concatenate every rank's rows, with gradient: [m, d] -> [sum(rows_per_rank), d].
+
+        The backward sums over ranks, so a gradient that is averaged over ranks afterwards (as DeepSpeed does) is
+        exact once each rank's loss is multiplied by the number of ranks. Ranks may have unequal numbers of rows,
+        zero included.
+        """
+        if self.size == 1:
+            return rows
+        most = max(rows_per_rank)
+        padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
+        parts = dist_nn.all_gather(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, rows_per_rank, strict=True)])
+
+    def gather_object(self, value):
+        """Every rank's `value` as a list, on every rank (small host objects only)."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()

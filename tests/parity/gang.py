@@ -1,0 +1,51 @@
+"""A gang of gloo processes forked from this one, so that imports are paid once."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+def _member(rank: int, size: int, store: str, function, arguments, queue) -> None:
+    try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        queue.put((rank, function(*arguments), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+    finally:
+        queue.close()
+        queue.join_thread()
+        os._exit(0)  # no clean-up of the parent's state in the fork
+
+
+def run_gang(size: int, function, *arguments, timeout_s: int = 240) -> list:
+    """`function(*arguments)` in `size` processes of one process group; what each rank returned (numpy, not tensors)."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        members = [
+            context.Process(
+                target=_member, args=(rank, size, f"{folder}/store", function, arguments, queue), daemon=True
+            )
+            for rank in range(size)
+        ]
+        for member in members:
+            member.start()
+        try:
+            results = {}
+            while len(results) < size:
+                rank, value, error = queue.get(timeout=timeout_s)
+                assert error is None, f"rank {rank} of {size}:\n{error}"
+                results[rank] = value
+        finally:
+            for member in members:
+                member.join(timeout=5)
+                if member.is_alive():
+                    member.kill()
+        return [results[rank] for rank in range(size)]

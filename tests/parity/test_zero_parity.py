@@ -1,0 +1,186 @@
+"""One process without sharding against ZeRO at 1, 2 and 4 gloo processes, on the same contrast batches.
+
+Plain SGD without clipping first: AdamW and clipping hide a wrong scale of the gradient.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from gang import run_gang
+from tiny import WORDS, pair_table, save_student, unit_vectors
+
+from flipkd_dist.batches import BatchMaker
+from flipkd_dist.config import LossConfig, StudentConfig
+from flipkd_dist.engine import DeepSpeedEngine, PlainEngine, prepare_deepspeed, sharded_loading
+from flipkd_dist.order import Order
+from flipkd_dist.pairs import PairTable
+from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.step import TrainingStep, summarise
+from flipkd_dist.student import load_student, load_tokenizer
+from flipkd_dist.world import World
+
+pytestmark = pytest.mark.parity
+TOLERANCE = 1e-5
+LOSS = LossConfig(dist_weight=0.7, mcl_weight=0.9, margin=0.3, threshold=0.5)
+SETTINGS = StudentConfig(model_name_or_path="tiny", lora_dropout=0.0)
+SGD = partial(torch.optim.SGD, lr=0.0)
+ADAMW = partial(torch.optim.AdamW, lr=0.0, weight_decay=0.1)
+
+
+def start_student(folder, sharded=nullcontext):
+    """The student of a step in the middle of training: B is not zero any more."""
+    encoder = PairEncoder(load_tokenizer(folder), "same ? {text_a} | {text_b} =", ["yes", "no"], 120)
+    student = load_student(folder, SETTINGS, encoder.answer_ids, 16, sharded=sharded)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in student.lora_parameters().items():
+        if ".lora_B." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        else:
+            parameter.data.mul_(10)
+    return student, encoder
+
+
+def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, clip=0.0, rate=0.5, loss=LOSS):
+    """Two updates. Losses, unclipped gradients of each, the weights at the end, and the shapes of the work."""
+    world = World.current()
+    ds_config = {
+        "train_batch_size": world.size * accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    if stage:
+        prepare_deepspeed(use_gpu=False)
+    student, encoder = start_student(folder, partial(sharded_loading, ds_config) if stage == 3 else nullcontext)
+    if stage:
+        engine = DeepSpeedEngine(student, optimizer, ds_config)
+    else:
+        engine = PlainEngine(student, optimizer, clip)
+    make_batch = BatchMaker(encoder, student, share_prefix=True)
+    step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, loss)
+    order = Order(len(pairs), contrast_batch, accumulation, seed=3)
+    result = {"losses": [], "gradients": [], "norms": [], "packs": [], "rows": [], "anchors": []}
+    for number in range(2):
+        micro_steps = step.prepare(order.contrast_batches(number))
+        counts = step.counts(micro_steps)
+        summary = summarise(counts, world.sum(step.backward(micro_steps, counts)), loss)
+        result["losses"].append([summary[key] for key in ("loss", "loss_sup", "loss_dist", "loss_mcl")])
+        result["gradients"].append({name: value.numpy() for name, value in engine.gradients().items()})
+        result["norms"].append(engine.step(rate))
+        result["packs"].append([len(micro.batch.input_ids) for micro in micro_steps])
+        result["rows"].append([len(micro.directions[0].labels) for micro in micro_steps])
+        result["anchors"].append([int(micro.directions[0].anchor.sum()) for micro in micro_steps])
+    result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
+    if stage == 3:
+        base = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+        result["base"] = (
+            sum(p.ds_tensor.numel() for p in base),
+            sum(p.ds_numel for p in base),
+            sum(p.numel() for p in base),
+        )
+    return result
+
+
+def difference(found: dict, expected: dict) -> float:
+    """The largest norm-wise relative difference of two dictionaries of arrays."""
+    assert found.keys() == expected.keys() and expected
+    assert all(np.linalg.norm(value) > 0 for value in expected.values())
+    return max(np.linalg.norm(found[name] - value) / np.linalg.norm(value) for name, value in expected.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+def compare(folder, pairs, stage, world_size, contrast_batch, **options):
+    """The plain engine in one process against `stage` on `world_size` processes."""
+    [expected] = run_gang(1, partial(train, **options), folder, pairs, 0, contrast_batch)
+    ranks = run_gang(world_size, partial(train, **options), folder, pairs, stage, contrast_batch)
+    for found in ranks:
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=TOLERANCE)
+        np.testing.assert_allclose(found["norms"], expected["norms"], rtol=TOLERANCE)
+        for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
+            assert difference(gradients, wanted) < TOLERANCE
+        assert difference(found["weights"], expected["weights"]) < TOLERANCE
+    return expected, ranks
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("num_pairs", "accumulation"), [(14, 1), (22, 3)])
+def test_zero3_equals_one_process(folder, world_size, num_pairs, accumulation):
+    """Contrast batches of 8 with a ragged tail of 6; the noise filter drops some of every kind."""
+    expected, ranks = compare(folder, pair_table(num_pairs), 3, world_size, 8, accumulation=accumulation)
+    assert np.all(np.array(expected["losses"]) > 0.01)  # every term is there
+    ragged = [8, 6] if accumulation == 1 else [8, 8, 6]
+    assert np.sum([rank["rows"] for rank in ranks], axis=0).flatten().tolist()[: len(ragged)] == ragged
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_other_stages_equal_one_process(folder, stage):
+    compare(folder, pair_table(22), stage, 2, 8, accumulation=3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adamw_with_an_active_clip(folder, stage):
+    expected, _ = compare(folder, pair_table(14), stage, 2, 8, optimizer=ADAMW, clip=0.05, rate=1e-3)
+    assert min(expected["norms"]) > 0.05
+
+
+def test_symmetric_contrast(folder):
+    loss = LossConfig(dist_weight=0.7, mcl_weight=0.9, margin=0.3, mcl_symmetric=True)
+    one_way, _ = compare(folder, pair_table(14), 3, 2, 8)
+    both_ways, _ = compare(folder, pair_table(14), 3, 2, 8, loss=loss)
+    assert abs(one_way["losses"][0][3] - both_ways["losses"][0][3]) > 1e-3
+
+
+def long_and_short_pairs() -> PairTable:
+    """The order puts four long pairs before four short ones in each contrast batch of eight."""
+    generator = np.random.default_rng(0)
+    long = [" ".join(generator.choice(WORDS, 45)) for _ in range(16)]
+    short = [" ".join(generator.choice(WORDS, 2)) + f" {i}" for i in range(16)]
+    first = np.concatenate([Order(16, 8, 1, seed=3).contrast_batches(step)[0] for step in range(2)])
+    is_long = np.empty(16, bool)
+    is_long[first] = np.tile([True] * 4 + [False] * 4, 2)
+    rows = np.arange(16)
+    text_a = np.where(is_long, rows, 16 + rows)
+    text_b = np.where(is_long, (rows + 1) % 16, 16 + (rows + 1) % 16)
+    none = np.full(16, -1)
+    label = (rows % 3 == 0).astype(np.int64)
+    return PairTable(long + short, text_a, text_b, label, [str(i) for i in rows], [""] * 16, none, none)
+
+
+def test_ranks_with_one_and_several_packs(folder):
+    """Texts of very different lengths: each rank runs one forward, whatever its number of rows."""
+    _, ranks = compare(folder, long_and_short_pairs(), 3, 2, 8)
+    packs = [rank["packs"][0][0] for rank in ranks]
+    assert packs[0] != packs[1], packs
+
+
+def test_a_rank_without_pairs_and_one_without_anchors(folder):
+    """Three pairs on four ranks, one of them a match: a rank has only a dummy row, two have no anchor."""
+    pairs = pair_table(3)
+    pairs.label[:] = [1, 0, 0]
+    pairs.text_b[0] = pairs.text_a[0]  # the teacher agrees: cosine 1
+    _, ranks = compare(folder, pairs, 3, 4, 3)
+    assert sorted(rank["rows"][0][0] for rank in ranks) == [0, 1, 1, 1]
+    assert sorted(rank["anchors"][0][0] for rank in ranks) == [0, 0, 0, 1]
+
+
+def test_the_ratio_of_the_losses_does_not_depend_on_the_world(folder):
+    results = [run_gang(size, train, folder, pair_table(14), 3, 8)[0]["losses"] for size in (1, 2, 4)]
+    ratios = [np.array(losses)[:, 2:] / np.array(losses)[:, 1:2] for losses in results]
+    np.testing.assert_allclose(ratios[1], ratios[0], rtol=TOLERANCE)
+    np.testing.assert_allclose(ratios[2], ratios[0], rtol=TOLERANCE)
+
+
+def test_each_rank_holds_half_of_the_base(folder):
+    for held, whole, live in [rank["base"] for rank in run_gang(2, train, folder, pair_table(14), 3, 8)]:
+        assert live == 0  # nothing is whole on any rank
+        assert whole / 2 <= held <= whole / 2 + 100  # each tensor is padded to an even number of elements

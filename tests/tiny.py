@@ -1,0 +1,158 @@
+"""Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    Glm4Config,
+    GlmConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from flipkd_dist.pairs import PairTable
+
+WORDS = [
+    "card",
+    "lost",
+    "stolen",
+    "pin",
+    "blocked",
+    "change",
+    "my",
+    "how",
+    "do",
+    "i",
+    "where",
+    "is",
+    "the",
+    "can",
+    "you",
+    "help",
+    "with",
+    "account",
+    "open",
+    "close",
+    "money",
+]
+SHAPE = dict(
+    hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
+)
+CAUSAL = {
+    "glm": lambda vocab: GlmConfig(vocab_size=vocab, num_key_value_heads=2, head_dim=12, pad_token_id=0, **SHAPE),
+    "glm4": lambda vocab: Glm4Config(vocab_size=vocab, num_key_value_heads=2, head_dim=12, pad_token_id=0, **SHAPE),
+    "qwen2": lambda vocab: Qwen2Config(vocab_size=vocab, num_key_value_heads=2, tie_word_embeddings=True, **SHAPE),
+    "qwen3": lambda vocab: Qwen3Config(vocab_size=vocab, num_key_value_heads=2, head_dim=12, **SHAPE),
+    "llama": lambda vocab: LlamaConfig(vocab_size=vocab, num_key_value_heads=4, **SHAPE),
+}
+
+
+def sentences(count: int, seed: int = 0, shortest: int = 2, longest: int = 12) -> list[str]:
+    """Distinct word salads."""
+    generator = np.random.default_rng(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(generator.choice(WORDS, generator.integers(shortest, longest + 1)))] = None
+    return list(found)
+
+
+def tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
+    corpus = [*sentences(200), "Yes", "No", " Yes", " No", "yes no", " yes", " no", "Same? | = Reply:"] * 3
+    if kind == "wordpiece":
+        inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+        inner.train_from_iterator(corpus, trainer)
+        ids = [(token, inner.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        )
+    if kind == "bytelevel":
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        inner.train_from_iterator(
+            corpus, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["<pad>"])
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    inner = Tokenizer(models.Unigram())  # as SentencePiece does: a space before every text
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"], unk_token="<unk>")
+    inner.train_from_iterator(corpus, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>")
+
+
+def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) -> Path:
+    """A random causal LM and its tokenizer as a Hugging Face folder."""
+    words = tokenizer("bytelevel" if family.startswith("qwen") else "wordpiece")  # Qwen's class takes no other
+    config = CAUSAL[family](len(words))
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # wider than the default, so that attention and answers differ between texts
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_teacher(folder: Path, hidden_size: int = 16, seed: int = 1) -> Path:
+    """A random BERT with the WordPiece tokenizer."""
+    words = tokenizer("wordpiece")
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def pair_table(num_pairs: int, seed: int = 0, **lengths) -> PairTable:
+    """Random pairs, some texts in several; three labels of four agree with the cosine of `unit_vectors`."""
+    generator = np.random.default_rng(seed)
+    texts = sentences(max(4, num_pairs + num_pairs // 2), seed, **lengths)
+    text_a = generator.integers(len(texts), size=num_pairs)
+    text_b = (text_a + 1 + generator.integers(len(texts) - 1, size=num_pairs)) % len(texts)
+    vectors = unit_vectors(len(texts))
+    alike = np.einsum("nd,nd->n", vectors[text_a], vectors[text_b]) >= 0.5
+    label = alike ^ (generator.random(num_pairs) < 0.25)
+    none = np.full(num_pairs, -1)
+    return PairTable(
+        texts=texts,
+        text_a=text_a,
+        text_b=text_b,
+        label=label.astype(np.int64),
+        ids=[str(i) for i in range(num_pairs)],
+        kind=[""] * num_pairs,
+        group_a=none,
+        group_b=none,
+    )
+
+
+def unit_vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
+    """Unit vectors whose cosines spread over both sides of 0.5."""
+    vectors = np.random.default_rng(seed).normal(0.42, 0.4, size=(count, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
