@@ -2,15 +2,16 @@
 
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flipkd_dist.errors import UserError
+from flipkd_dist.model_files import one_line
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.student import Student
 
@@ -40,6 +41,7 @@ class AdapterCard:
     threshold: float  # of p(match)
     step: int
     probe: Probe
+    attn_implementation: str = "auto"
     format_version: int = 1
 
     @classmethod
@@ -49,7 +51,7 @@ class AdapterCard:
             return cls(**{**value, "probe": Probe(**value["probe"])})
         except (TypeError, KeyError):
             raise UserError(
-                f"{folder}: no readable flipkd.json: name a run folder or its adapter folder, as `flipkd train` leaves it"
+                f"{folder}: no readable flipkd.json: name a run folder or the adapter folder of one"
             ) from None
 
 
@@ -66,20 +68,18 @@ def save_adapter(folder: Path, student: Student, state: dict[str, Tensor], token
     Raises:
         RuntimeError: the folder does not hold what was trained.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
-    try:
-        save_file({peft_name(name): value.contiguous() for name, value in state.items()}, draft / WEIGHTS)
-        student.model.peft_config["default"].save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        write_json(draft / "flipkd.json", asdict(card))
-        draft.chmod(0o755)
-        verify_adapter(draft, {peft_name(name): tuple(value.shape) for name, value in state.items()})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    weights = {peft_name(name): value.contiguous() for name, value in state.items()}
+    save_file(weights, draft / WEIGHTS)
+    student.model.peft_config["default"].save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    write_json(draft / "flipkd.json", asdict(card))
+    names = [peft_name(name) for name in student.lora_parameters()]
+    verify_adapter(draft, {name: tuple(weights[name].shape) if name in weights else () for name in names})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
 
 
 def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
@@ -89,11 +89,9 @@ def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
         RuntimeError: one line that says what is wrong.
     """
     found = load_file(folder / WEIGHTS)
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    if shapes != expected:
-        wrong = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+    if name := first_misfit(found, expected):
         raise RuntimeError(
-            f"{folder / WEIGHTS}: {wrong} is missing, unexpected or of another shape: nothing was exported"
+            f"{folder / WEIGHTS}: {name} is missing, unexpected or of another shape: nothing was exported"
         )
     for name, value in found.items():
         if not torch.isfinite(value).all():
@@ -102,18 +100,29 @@ def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
             raise RuntimeError(f"{folder / WEIGHTS}: {name} is all zero, nothing was learnt there: train longer")
 
 
+def first_misfit(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> str | None:
+    """The first name that is in one of them alone, or in both with different shapes."""
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    return min((name for name, _ in shapes.items() ^ expected.items()), default=None)
+
+
 def load_weights(student: Student, path: Path) -> None:
-    """Put stored LoRA tensors into the student, before the engine shards it; every trainable one must be there.
+    """Put stored LoRA tensors into the student, before the engine shards it; the file must hold these and no others.
 
     Raises:
-        UserError: the file lacks a tensor, or one has another shape.
+        UserError: an unreadable file, or one that lacks a tensor, has another one, or one of another shape.
     """
-    stored = load_file(path)
-    for name, parameter in student.lora_parameters().items():
-        value = stored.get(peft_name(name))
-        if value is None or value.shape != parameter.shape:
-            raise UserError(f"{path}: {peft_name(name)} is missing or of another shape: it belongs to another student")
-        parameter.data.copy_(value)
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): train again or restore the file") from None
+    parameters = {peft_name(name): parameter for name, parameter in student.lora_parameters().items()}
+    if name := first_misfit(stored, {name: tuple(parameter.shape) for name, parameter in parameters.items()}):
+        raise UserError(
+            f"{path}: {name} is missing, unexpected or of another shape: the file belongs to another student"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(stored[name])
 
 
 def check_probe(p_match: float, probe: Probe, tolerance: float) -> None:

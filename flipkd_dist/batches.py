@@ -11,11 +11,9 @@ class BatchMaker:
     def __init__(self, encoder: PairEncoder, student: Student, share_prefix: bool):
         self.encoder, self.share_prefix = encoder, share_prefix
         self.cost = student.cost_of(student.model.config)
-        self.num_truncated = 0
 
     def __call__(self, texts: list[tuple[str, str]]) -> PackedBatch:
         pairs = [self.encoder.encode(a, b) for a, b in texts or [("a", "a")]]
-        self.num_truncated += sum(pair.truncated for pair in pairs)
         prefix = self.encoder.prefix
         rows = plan_rows([len(pair.ids) for pair in pairs], len(prefix), self.cost, self.share_prefix)
         return pack(prefix, pairs, rows)

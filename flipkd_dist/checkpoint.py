@@ -29,8 +29,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], manifest:
 
 def checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Complete checkpoints with their manifests, oldest first."""
-    found = [(path, read_json(path / MANIFEST)) for path in sorted(folder.glob("step-*"))]
-    return [(path, manifest) for path, manifest in found if manifest and (path / WEIGHTS).exists()]
+    found = [(path, read_json(path / MANIFEST)) for path in folder.glob("step-*")]
+    complete = [(path, manifest) for path, manifest in found if manifest and (path / WEIGHTS).exists()]
+    return sorted(complete, key=lambda entry: entry[1]["step"])
 
 
 def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:

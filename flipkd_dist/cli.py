@@ -10,12 +10,13 @@ import click
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.run_folder import RunFolder
 
 logger = logging.getLogger("flipkd_dist")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(context_settings=CONTEXT, no_args_is_help=False)
 @click.version_option(package_name="flipkd_dist", prog_name="flipkd")
 def cli() -> None:
     """Flipped knowledge distillation for text matching: a small encoder teaches a large decoder.
@@ -30,8 +31,10 @@ def configured(function):
     return click.argument("config", type=click.Path(path_type=Path))(function)
 
 
-def _pipeline(config: Path, overrides: tuple[str, ...]):
+def _pipeline(config: Path, overrides: tuple[str, ...], needs_adapter: bool = False):
     loaded = load_config(config, overrides)  # before the slow imports: a typing mistake is answered at once
+    if needs_adapter:  # and before Ray is started
+        RunFolder(loaded).require_adapter()
     from flipkd_dist.pipeline import Pipeline
 
     return Pipeline(loaded)
@@ -64,7 +67,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @configured
 def evaluate(config: Path, overrides: tuple[str, ...]) -> None:
     """Metrics of the run's adapter on validation and test."""
-    pipeline = _pipeline(config, overrides)
+    pipeline = _pipeline(config, overrides, needs_adapter=True)
     pipeline.score()
     pipeline.evaluate()
 
@@ -73,7 +76,7 @@ def evaluate(config: Path, overrides: tuple[str, ...]) -> None:
 @configured
 def register(config: Path, overrides: tuple[str, ...]) -> None:
     """Add the run's adapter to the MLflow registry, load it back, compare, and move the alias to it."""
-    _pipeline(config, overrides).register()
+    _pipeline(config, overrides, needs_adapter=True).register()
 
 
 @cli.command()
@@ -117,7 +120,7 @@ def predict(model, input_, output, text_a, text_b, batch_size, base_model, track
 @click.option("--text", default="text", show_default=True, help="Column of the text.")
 @click.option("--group", default="group", show_default=True, help="Column of the group; texts of one group match.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The extension is the format.")
-@click.option("--seed", default=42, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="The only source of chance.")
 @click.option(
     "--split", metavar="NAME=SHARE,...", help="Several files without a common text: train=0.8,validation=0.1,test=0.1."
 )
@@ -196,11 +199,14 @@ def _shares(split: str | None) -> dict[str, float] | None:
 def main() -> None:
     """Entry point; exit codes 0, 1, 2 and 75 as documented in docs/reference.md."""
     set_up_logging()
+    # A local Ray says on every start that it has a token: stderr is for one line of ours.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     debug = bool(os.environ.get("FLIPKD_DEBUG"))
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="flipkd", standalone_mode=False)
     except click.ClickException as error:
-        sys.exit(_fail(error.format_message() + "; see flipkd --help", 2))
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "flipkd"
+        sys.exit(_fail(f"{error.format_message().rstrip('.')}: see {command} --help", 2))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 1))
     except UserError as error:
@@ -215,5 +221,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"flipkd: {message}", file=sys.stderr)
+    print("flipkd:", *(line.strip() for line in message.splitlines()), file=sys.stderr)
     return code

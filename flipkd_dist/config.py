@@ -1,14 +1,14 @@
 """The run's configuration: typed, read from YAML with dotted overrides, every mistake one line."""
 
 import difflib
-import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from flipkd_dist.errors import UserError
 
@@ -19,14 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @field_validator("*")
-    @classmethod
-    def _finite(cls, value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("must be a finite number")
-        return value
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -72,16 +65,17 @@ class StudentConfig(Section):
     @classmethod
     def _two_quoted_texts(cls, answers: list[Any]) -> list[str]:
         if any(isinstance(answer, bool) for answer in answers):
-            raise ValueError('YAML reads a bare Yes or No as true or false: quote them, ["Yes", "No"]')
+            raise ValueError('YAML reads a bare Yes or No as true or false, quote them: ["Yes", "No"]')
         if len(answers) != 2 or not all(isinstance(answer, str) and answer for answer in answers):
             raise ValueError('must be two texts, the matching one first, such as ["Yes", "No"]')
         return answers
 
-    @model_validator(mode="after")
-    def _supported(self) -> "StudentConfig":
-        if self.load_in_4bit:
-            raise ValueError("student.load_in_4bit is not available yet: set it to false")
-        return self
+    @field_validator("load_in_4bit")
+    @classmethod
+    def _supported(cls, load_in_4bit: bool) -> bool:
+        if load_in_4bit:
+            raise ValueError("not available yet, set it to false")
+        return load_in_4bit
 
 
 class LossConfig(Section):
@@ -106,7 +100,7 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     num_train_epochs: Positive = 3
-    max_steps: Annotated[int, Field(ge=-1)] = -1  # optimizer steps; -1: by num_train_epochs
+    max_steps: Literal[-1] | Positive = -1  # optimizer steps; -1: by num_train_epochs
     per_device_train_batch_size: Positive = 32  # pairs
     per_device_eval_batch_size: Positive = 64  # pairs
     gradient_accumulation_steps: Positive = 1
@@ -127,7 +121,7 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     num_workers: Positive = 1
     use_gpu: bool | Literal["auto"] = "auto"
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: dict[str, NonNegative] = {}
     deepspeed: str | None = "ds_configs/zero3.json"  # null: no DeepSpeed, one worker
     storage_path: str | None = None
     timeout_s: Positive = 600  # of every collective
@@ -154,7 +148,7 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.output_dir) / self.name
+        return Path(self.output_dir).expanduser() / self.name
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
@@ -169,25 +163,33 @@ def _known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[st
     return keys
 
 
+def _key_of(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a location, without the union members and list positions that pydantic appends to it."""
+    known = _known_keys()
+    dotted = [".".join(map(str, location[:length])) for length in range(1, len(location) + 1)]
+    return max((key for key in dotted if key in known), key=len, default="")
+
+
 def _one_line(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    # Drop the union-member names that pydantic appends to a location.
-    parts = []
-    for part in first["loc"]:
-        if ".".join([*parts, str(part)]) not in _known_keys():
-            break
-        parts.append(str(part))
-    key = ".".join(parts)
+    first, *others = error.errors()
+    full, key = ".".join(map(str, first["loc"])), _key_of(first["loc"])
     if first["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in first["loc"])
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0)
-        return f"{source}: unknown key {key}; the nearest known key is {near[0]}"
+        # A dotted key is meant for a setting, never for a whole section.
+        known = [name for name in _known_keys() if "." not in full or name not in RunConfig.model_fields]
+        near = difflib.get_close_matches(full, known, n=1, cutoff=0)[0]
+        return f"{source}: unknown key {full}: the nearest known key is {near}"
     if first["type"] == "missing":
-        return f"{source}: {'.'.join(str(part) for part in first['loc'])} is missing: add it to the file"
-    value = first["input"] if not isinstance(first["input"], dict) else "this section"
-    where = f"{key} = {value!r}" if key else "settings"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{source}: {where}: {message[0].lower()}{message[1:]}; correct this value"
+        return f"{source}: {full} is missing: add it to the file"
+    if first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+    else:  # every member of a union has an error of its own
+        same_key = [first, *(other for other in others if _key_of(other["loc"]) == key)]
+        expected = dict.fromkeys(other["msg"].removeprefix("Input should be ") for other in same_key)
+        message = " or ".join(expected)
+        if first["msg"].startswith("Input should be "):
+            message = f"must be {message}"
+    value = "" if isinstance(first["input"], dict) else f" = {reprlib.repr(first['input'])}"
+    return f"{source}: {key or 'settings'}{value}: {message}; correct this value"
 
 
 def validate(values: Any, source: str) -> RunConfig:
@@ -218,14 +220,25 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file: check the path") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not readable as YAML ({error.problem}): correct the file") from None
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())}): correct the file") from None
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path}: not a mapping of settings: write `key: value` lines")
     for override in overrides:
-        if "=" not in override:
+        if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"override {override!r}: write it as dotted.key=value")
+        try:
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise UserError(
+                f"override {override!r}: not a YAML value ({reason}): quote a text that holds any of {{}}[]:#"
+            ) from None
     try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be combined with {list(overrides)} ({' '.join(str(error).split())})") from None
+        values = OmegaConf.to_container(loaded, resolve=True)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}: correct the ${{...}} in it") from None
     return validate(values, str(path))

@@ -18,11 +18,21 @@ def set_up_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    quiet_others()
+
+
+def quiet_others() -> None:
+    """Other libraries say only what matters."""
+    for name in ("DeepSpeed", "mlflow", "alembic", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel that it can do without
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def quiet_ray_worker() -> None:
     """Run by Ray in each of its processes: its watchdog warns every second where no dashboard runs."""
+    quiet_others()
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)

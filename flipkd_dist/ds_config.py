@@ -16,10 +16,15 @@ RUN_OWNED = {
     "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.lr_scheduler_type",
     "bf16": "train.bf16",
+    "bfloat16": "train.bf16",  # DeepSpeed's old name
     "fp16": "train.bf16",
+    "amp": "train.bf16",
+    "torch_autocast": "train.bf16",
     "zero_force_ds_cpu_optimizer": "the run (it brings its own optimizer)",
 }
-BUNDLED = Path(__file__).parent.parent / "ds_configs"
+# Installed, the files lie inside the package; in a checkout beside it.
+_INSIDE = Path(__file__).parent / "ds_configs"
+BUNDLED = _INSIDE if _INSIDE.is_dir() else _INSIDE.parent.parent / "ds_configs"
 
 
 def read_policy(path: str) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def read_policy(path: str) -> dict[str, Any]:
         UserError: an unreadable file, one without a ZeRO stage of 1 to 3, or one that sets what the run owns.
     """
     file = Path(path)
-    if not file.exists() and (BUNDLED / file.name).exists() and file.parent.name in ("", BUNDLED.name):
+    if not file.exists() and str(file.parent) in (".", BUNDLED.name) and (BUNDLED / file.name).exists():
         file = BUNDLED / file.name
     try:
         policy = json.loads(file.read_text(encoding="utf-8"))
@@ -42,7 +47,7 @@ def read_policy(path: str) -> dict[str, Any]:
         ) from None
     except (KeyError, TypeError):
         raise UserError(f"distributed.deepspeed: {path} sets no zero_optimization.stage: add one of 1, 2, 3") from None
-    if stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise UserError(f"distributed.deepspeed: {path}: zero_optimization.stage is {stage!r}: take 1, 2 or 3")
     for key in policy:
         if key in RUN_OWNED:

@@ -106,17 +106,22 @@ def binary_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> 
     }
 
 
+def hard_negatives(pairs: PairTable) -> np.ndarray:
+    """Which pairs are marked as hard, and do not match: bool [N]."""
+    return (np.array(pairs.kind) == "hard") & (pairs.label == 0)
+
+
 def metrics_by_kind(
     rows: dict[str, np.ndarray], pairs: PairTable, thresholds: dict[str, float], split: str
 ) -> dict[str, dict[str, dict]]:
-    """`{split: {row: metrics}}`; pairs that are marked as hard negatives get a table of their own, `SPLIT_hard`.
+    """`{split: {row: metrics}}`; hard negatives get a table of their own, `SPLIT_hard`.
 
     Both tables share the matching pairs. Without `kind` in the data there is one table.
     """
-    kinds = np.array(pairs.kind)
-    chosen = {split: kinds != "hard"}
-    if (kinds == "hard").any():
-        chosen[f"{split}_hard"] = (kinds == "hard") | (pairs.label == 1)
+    hard = hard_negatives(pairs)
+    chosen = {split: ~hard}
+    if hard.any():
+        chosen[f"{split}_hard"] = hard | (pairs.label == 1)
     return {
         name: {row: binary_metrics(scores[mask], pairs.label[mask], thresholds[row]) for row, scores in rows.items()}
         for name, mask in chosen.items()
@@ -127,7 +132,7 @@ def thresholds_from(rows: dict[str, np.ndarray] | None, pairs: PairTable | None)
     """Each row's threshold: the best F1 on validation pairs (hard negatives left out), 0.5 without validation."""
     if rows is None:
         return dict.fromkeys(ROWS, 0.5)
-    mask = np.array(pairs.kind) != "hard"
+    mask = ~hard_negatives(pairs)
     return {row: best_threshold(scores[mask], pairs.label[mask]) for row, scores in rows.items()}
 
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flipkd_dist.errors import UserError
 
@@ -94,6 +96,35 @@ def resolve_model(name: str | None, key: str) -> Path:
             "convert them with save_pretrained of transformers"
         )
     return folder
+
+
+def check_files(folder: Path, key: str) -> None:
+    """Refuse a configuration that is no JSON and weight files that are missing or cut short; reads headers only.
+
+    Raises:
+        UserError
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        path = folder / "config.json"
+        _json_object(path)
+        path = folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = sorted(folder / name for name in set(_json_object(path)["weight_map"].values()))
+        for path in files:
+            with safe_open(path, framework="numpy"):
+                pass
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{key}: {path} is missing or damaged ({one_line(error)}): get the model again") from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
 def _chunks(path: Path):

@@ -36,6 +36,7 @@ class PackedBatch:
     segments: Tensor  # [R, L] int64: 2k = text 1 of pair k, 2k + 1 = its text 2, 2m = neither
     answer_positions: Tensor  # [m] int64, into the flattened [R * L]
     num_tokens: int  # that are not padding
+    num_truncated: int  # pairs that were cut to the maximum length
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         names = ("input_ids", "position_ids", "attention_mask", "segments", "answer_positions")
@@ -99,6 +100,7 @@ def pack(prefix: list[int], pairs: list[EncodedPair], rows: list[list[int]], pad
         torch.from_numpy(segments),
         torch.from_numpy(answers),
         int((owner != PADDING).sum()),
+        sum(pair.truncated for pair in pairs),
     )
 
 

@@ -2,17 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from flipkd_dist.errors import UserError
 from flipkd_dist.grouped_texts import distinct_texts, normalise, split_texts
 from flipkd_dist.pair_fields import Record, name_of, require_column, text_of
-from flipkd_dist.pair_files import check_output, file_format, place, read_records, write_records
+from flipkd_dist.pair_files import check_output, read_fields, write_records
 from flipkd_dist.pair_maker import Encode, make_pairs
-
-T = TypeVar("T")
 
 
 def pairs_command(
@@ -47,9 +45,9 @@ def pairs_command(
         if any(path.resolve() == Path(source).resolve() for source in [input, *exclude]):
             raise UserError(f"{path}: this file is an input: name another output")
 
-    records = _read(input, _text_and_group, text_column, group_column)
+    records = read_fields(input, _text_and_group, text_column, group_column)
     texts, groups = [text for text, _ in records], [group for _, group in records]
-    excluded = {normalise(text) for path in exclude for pair in _read(path, _texts, text_column) for text in pair}
+    excluded = {normalise(text) for path in exclude for pair in read_fields(path, _texts, text_column) for text in pair}
     allowed = [row for row, text in enumerate(texts) if normalise(text) not in excluded]
     distinct = distinct_texts([texts[row] for row in allowed], [groups[row] for row in allowed])
     kept_texts = [texts[allowed[row]] for row in distinct.rows]
@@ -108,14 +106,3 @@ def _texts(record: Record, text_column: str) -> list[str]:
     """The texts of a record of pairs or of grouped texts."""
     columns = ["text_a", "text_b"] if {"text_a", "text_b"} <= record.keys() else [text_column]
     return [text_of(record, column, "--text") for column in columns]
-
-
-def _read(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
-    """What `fields` makes of each record of a file; an error gets its place."""
-    format, read = file_format(path), []
-    for number, record in read_records(path, format):
-        try:
-            read.append(fields(record, *columns))
-        except UserError as error:
-            raise UserError(f"{place(path, number, format)}: {error}") from None
-    return read

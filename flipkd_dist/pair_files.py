@@ -8,13 +8,14 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flipkd_dist.errors import UserError
 
+T = TypeVar("T")
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+):([\w\[\]:%+]+)")  # org/name:split
@@ -69,6 +70,17 @@ def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[int, 
     if format == "parquet":
         return _parquet_records(path)
     return _json_records(path) if format == "jsonl" else _delimited_records(path, DELIMITERS[format])
+
+
+def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
+    """What `fields` makes of each record of a file; an error gets its place."""
+    format, read = file_format(path), []
+    for number, record in read_records(path, format):
+        try:
+            read.append(fields(record, *columns))
+        except UserError as error:
+            raise UserError(f"{place(path, number, format)}: {error}") from None
+    return read
 
 
 @contextmanager
@@ -204,6 +216,11 @@ def _write(path: Path, records: list[dict[str, Any]], format: str) -> None:
         if format == "jsonl":
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             return
-        rows = csv.DictWriter(file, list(records[0]), delimiter=DELIMITERS[format], lineterminator="\n")
+        rows = csv.DictWriter(
+            file,
+            list(dict.fromkeys(key for record in records for key in record)),
+            delimiter=DELIMITERS[format],
+            lineterminator="\n",
+        )
         rows.writeheader()
         rows.writerows(records)

@@ -1,6 +1,7 @@
 """The stages of a run: score, train, evaluate, register. One that is complete for the same inputs says so."""
 
 import logging
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from flipkd_dist.registry import register
 from flipkd_dist.run_folder import digest, read_json, write_json
 from flipkd_dist.score import filter_shares, report, score
 from flipkd_dist.tracking import RunLogger, start_run, tracking_uri
+from flipkd_dist.train import train
 
 logger = logging.getLogger("flipkd_dist")
 NUM_OFF_DIAGONAL = 100_000  # sampled pairs of first and second texts, to see what the filter keeps
@@ -44,7 +46,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 
 class Pipeline:
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, on_ray: bool = True):
         """Checks every input before anything is started or written.
 
         Raises:
@@ -53,10 +55,18 @@ class Pipeline:
         self.config = absolute_paths(config)
         self.inputs: Inputs = check_inputs(self.config)
         self.folder = self.inputs.folder
-        join_or_start_ray(self.config)
-        self.folder.open()
         self.trained = self.inputs.digest("train", "validation")
         self.evaluated = self.inputs.digest("train", "validation", "test")
+        self.scored_splits = [split for split in ("validation", "test") if split in self.inputs.splits]
+        self.folder.check_trained(self.trained)
+        if on_ray:
+            if self._needs_workers():
+                join_or_start_ray(self.config)
+            self.folder.open()
+
+    def _needs_workers(self) -> bool:
+        stages = self.folder.done("train", self.trained) and self.folder.done("evaluate", self.evaluated)
+        return not (stages and self.inputs.store.is_complete(self.inputs.texts))
 
     def score(self) -> None:
         start = time.monotonic()
@@ -81,12 +91,14 @@ class Pipeline:
     def train(self, then_evaluate: bool = False) -> None:
         """Train unless the adapter is complete; evaluation in the same workers saves their start."""
         start = time.monotonic()
-        stages = [] if self._complete("train", self.trained) else ["train"]
-        if then_evaluate and (stages or not self._complete("evaluate", self.evaluated)):
+        stages = [] if self.complete("train", self.trained) else ["train"]
+        if then_evaluate and not self.scored_splits:
+            logger.info("evaluate: skipped, there are neither validation nor test pairs")
+        elif then_evaluate and (stages or not self.complete("evaluate", self.evaluated)):
             stages.append("evaluate")
         if not stages:
             return
-        run_id = self._mlflow_run() if "train" in stages else None
+        run_id = self.mlflow_run() if "train" in stages else None
         tracker = RunLogger(tracking_uri(self.config), run_id)
         try:
             run_workers(self.config, stages, run_id)
@@ -101,22 +113,21 @@ class Pipeline:
         self._say(" and ".join(stages), start)
 
     def evaluate(self) -> None:
-        if not (self.folder.adapter / "flipkd.json").exists():
-            raise UserError(f"{self.folder.path}: no adapter yet: run `flipkd train` with this configuration first")
-        if self._complete("evaluate", self.evaluated):
-            logger.info(self._table())
-            return
+        if not self.scored_splits:
+            raise UserError("data.validation and data.test are both missing: name pairs to evaluate on")
+        self.folder.require_adapter()
         start = time.monotonic()
-        run_workers(self.config, ["evaluate"], None)
-        self._report_evaluation()
-        self._say("evaluate", start)
+        if not self.complete("evaluate", self.evaluated):
+            run_workers(self.config, ["evaluate"], None)
+            self._report_evaluation()
+            self._say("evaluate", start)
+        print(self.table())
 
     def register(self) -> None:
-        if not (self.folder.adapter / "flipkd.json").exists():
-            raise UserError(f"{self.folder.path}: no adapter yet: run `flipkd train` with this configuration first")
+        self.folder.require_adapter()
         tracking = self.config.tracking
         inputs = digest(self.trained, tracking_uri(self.config), tracking.registered_model, tracking.alias)
-        if self._complete("register", inputs):
+        if self.complete("register", inputs):
             return
         start = time.monotonic()
         pairs = self.inputs.splits.get("validation") or self.inputs.splits["train"]
@@ -133,10 +144,10 @@ class Pipeline:
         self.score()
         self.train(then_evaluate=True)
         self.register()
-        print(self._table())
+        print(self.table())
         print(f"\nrun folder: {self.folder.path}\nMLflow:     {tracking_uri(self.config)}")
 
-    def _mlflow_run(self) -> str:
+    def mlflow_run(self) -> str:
         """The MLflow run of this training; a training that was interrupted goes on in its own."""
         path = self.folder.path / "mlflow.json"
         known = read_json(path) or {}
@@ -148,7 +159,6 @@ class Pipeline:
 
     def _report_evaluation(self) -> None:
         self.folder.mark_done("evaluate", self.evaluated)
-        logger.info(self._table())
         run_id = (read_json(self.folder.path / "mlflow.json") or {}).get("run_id")
         tracker = RunLogger(tracking_uri(self.config), run_id)
         metrics = read_json(self.folder.metrics)
@@ -165,11 +175,13 @@ class Pipeline:
         )
         tracker.artifact(self.folder.metrics)
 
-    def _table(self) -> str:
-        metrics = read_json(self.folder.metrics)
-        return format_table({name: table for name, table in metrics.items() if isinstance(table, dict)})
+    def table(self) -> str:
+        """The metrics as text: test where there are test pairs, else validation."""
+        metrics = read_json(self.folder.metrics) or {}
+        tables = {name: table for name, table in metrics.items() if isinstance(table, dict)}
+        return format_table({name: table for name, table in tables.items() if name.startswith("test")} or tables)
 
-    def _complete(self, stage: str, inputs: str) -> bool:
+    def complete(self, stage: str, inputs: str) -> bool:
         if self.folder.done(stage, inputs):
             logger.info("%s: complete for the same inputs, skipped", stage)
             return True
@@ -177,3 +189,27 @@ class Pipeline:
 
     def _say(self, stage: str, start: float) -> None:
         logger.info("%s: done in %.0f s", stage, time.monotonic() - start)
+
+
+def train_here(config: RunConfig) -> None:
+    """Train in this process, one of those that `deepspeed`, torchrun or srun started; rank 0 is the driver too.
+
+    Raises:
+        UserError: the teacher's store lacks texts.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's word counts, not the configuration's
+    config = config.model_copy(
+        update={"distributed": config.distributed.model_copy(update={"num_workers": world_size})}
+    )
+    pipeline = Pipeline(config, on_ray=False)
+    if not pipeline.inputs.store.is_complete(pipeline.inputs.texts):
+        raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
+    if pipeline.complete("train", pipeline.trained):
+        return
+    if int(os.environ.get("RANK", 0)) > 0:
+        train(pipeline.config)
+        return
+    run_id = pipeline.mlflow_run()
+    train(pipeline.config, run_id)
+    pipeline.folder.mark_done("train", pipeline.trained)
+    RunLogger(tracking_uri(pipeline.config), run_id).finish()

@@ -44,6 +44,7 @@ class Matcher:
             lora_alpha=float(lora["lora_alpha"]),
             lora_target_modules=sorted(lora["target_modules"]),
             encoder_module=card.encoder_module,
+            attn_implementation=card.attn_implementation,
         )
         encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length)
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype)

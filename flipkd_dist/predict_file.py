@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_command import _read as read_fields
 from flipkd_dist.pair_fields import Record, text_of
-from flipkd_dist.pair_files import check_output, write_records
+from flipkd_dist.pair_files import check_output, read_fields, write_records
 from flipkd_dist.predict import Matcher, adapter_folder
 from flipkd_dist.registry import download_adapter
 
@@ -31,7 +30,11 @@ def predict_file(
         UserError: an unreadable input, an output that cannot be written, or no such model.
     """
     check_output(output)
+    if output.resolve() == Path(source).resolve():
+        raise UserError(f"--output {output}: this is the input: name another file")
     pairs = read_fields(source, _pair, text_a, text_b)
+    if not pairs:
+        raise UserError(f"--input {source}: no pairs in it: name a file that has some")
     if model.startswith("models:/"):
         folder = download_adapter(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(), model)
     else:

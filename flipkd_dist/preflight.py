@@ -1,18 +1,32 @@
 """Everything that can be the user's mistake, found before anything is written or started."""
 
+import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from flipkd_dist.config import RunConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.errors import UserError
-from flipkd_dist.model_files import fingerprint, resolve_model
+from flipkd_dist.model_files import check_files, fingerprint, one_line, resolve_model
 from flipkd_dist.pairs import PairTable, read_pairs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
 from flipkd_dist.store import Store, StoreSpec
-from flipkd_dist.student import attention_implementation, check_base, load_tokenizer, shares_prefix
-from flipkd_dist.teacher import teacher_hidden_size
+from flipkd_dist.student import (
+    attention_implementation,
+    attention_targets,
+    check_base,
+    check_parts,
+    last_encoder,
+    load_tokenizer,
+    shares_prefix,
+)
+from flipkd_dist.teacher import Teacher, teacher_hidden_size
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,7 +61,35 @@ class Inputs:
 
 
 def _content(pairs: PairTable) -> list:
-    return [pairs.texts, pairs.text_a.tolist(), pairs.text_b.tolist(), pairs.label.tolist(), pairs.kind]
+    numbers = (pairs.text_a, pairs.text_b, pairs.label, pairs.group_a, pairs.group_b)
+    return [pairs.texts, pairs.kind, *(array.tolist() for array in numbers)]
+
+
+def _model_folder(name: str | None, key: str) -> Path:
+    folder = resolve_model(name, key)
+    check_files(folder, key)
+    return folder
+
+
+def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig) -> None:
+    """Refuse a base whose layers do not serve; found on a copy of it without any weights."""
+    name, attention = settings.model_name_or_path, attention_implementation(settings)
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        try:
+            model = AutoModelForCausalLM.from_config(deepcopy(base_config), attn_implementation=attention)
+        except Exception as error:  # transformers raises nearly anything here
+            raise UserError(
+                f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
+            ) from None
+        check_parts(model, name)
+        targets = settings.lora_target_modules or attention_targets(model)
+        try:
+            model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"))
+        except ValueError as error:
+            raise UserError(
+                f"student.lora_target_modules: {targets} do not fit ({one_line(error)}): name linear layers"
+            ) from None
+    last_encoder(model, settings.encoder_module or targets[0])
 
 
 def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
@@ -70,10 +112,10 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         paths = getattr(config.data, split)
         if split == "train" or paths is not None:
             tables[split] = read_pairs(paths, config.data, f"data.{split}")
-    teacher_folder = resolve_model(config.teacher.model_name_or_path, "teacher.model_name_or_path")
-    base_folder = resolve_model(config.student.model_name_or_path, "student.model_name_or_path")
-    attention_implementation(config.student)
+    teacher_folder = _model_folder(config.teacher.model_name_or_path, "teacher.model_name_or_path")
+    base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
+    _check_layers(base_config, config.student)
     tokenizer = load_tokenizer(base_folder)
     encoder = PairEncoder(tokenizer, config.student.prompt, config.student.answers, config.data.max_length)
     spec = StoreSpec(
@@ -82,7 +124,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         config.teacher.max_length,
         teacher_hidden_size(teacher_folder),
     )
-    return Inputs(
+    inputs = Inputs(
         config=config,
         folder=folder,
         splits=tables,
@@ -94,3 +136,6 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         encoder=encoder,
         share_prefix=shares_prefix(base_config, config.data.max_length),
     )
+    if tables and not inputs.store.is_complete(inputs.texts):
+        Teacher(teacher_folder, config.teacher.pooling, config.teacher.max_length)  # loads completely, or says why not
+    return inputs

@@ -109,7 +109,7 @@ def answer_ids(tokenizer, answers: list[str], suffix: str) -> list[int]:
     Raises:
         UserError: no form in which both answers are single, known and distinct tokens.
     """
-    spaces = ["", " "] if not suffix or suffix[-1].isspace() else [" ", ""]
+    spaces = ["", " "] if suffix[-1:].isspace() else [" ", ""]
     for space in spaces:
         ids = [_tokens(tokenizer, space + answer) for answer in answers]
         single = all(len(one) == 1 and one[0] != tokenizer.unk_token_id for one in ids)

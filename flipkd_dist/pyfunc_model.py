@@ -10,7 +10,7 @@ from flipkd_dist.predict import Matcher
 
 
 class FlipkdModel(PythonModel):
-    """DataFrame with `text_a` and `text_b` in; `p_match`, `similarity` of the read-outs and `match` (0/1) out."""
+    """DataFrame with `text_a` and `text_b` in; `p_match`, `similarity` of the read-outs and `match` out."""
 
     def load_context(self, context) -> None:
         self.matcher = Matcher(Path(context.artifacts["adapter"]), context.model_config.get("base_model"))
@@ -18,7 +18,7 @@ class FlipkdModel(PythonModel):
     def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
         texts = list(zip(model_input["text_a"], model_input["text_b"], strict=True))
         p_match, similarity = self.matcher.predict(texts)
-        match = (p_match >= self.matcher.threshold).astype("int64")
+        match = p_match >= self.matcher.threshold
         return pd.DataFrame({"p_match": p_match, "similarity": similarity, "match": match})
 
 

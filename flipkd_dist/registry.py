@@ -30,8 +30,8 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
             "---",
             f"# {config.name}",
             "",
-            "Decides whether two texts match: p(match) from a causal language model with LoRA, trained by flipped knowledge "
-            "distillation (FlipKD, arXiv 2507.05617) with `flipkd_dist`.",
+            "Decides whether two texts match: p(match) from a causal language model with LoRA, trained by flipped "
+            "knowledge distillation (FlipKD, arXiv 2507.05617) with `flipkd_dist`.",
             "",
             f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` (its weights are not included)",
             f"- teacher in training: `{config.teacher.model_name_or_path}`; not needed for prediction",
@@ -63,7 +63,7 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     name = config.tracking.registered_model or config.name
     expected, similarity = Matcher(adapter).predict(example)
     code = Path(__file__).with_name("pyfunc_model.py")
-    outputs = {"p_match": expected, "similarity": similarity, "match": (expected >= card.threshold).astype(np.int64)}
+    outputs = {"p_match": expected, "similarity": similarity, "match": expected >= card.threshold}
     version = log_pyfunc(config, run_id, name, code, adapter, example, outputs, {"base_model": card.base_model}, text)
     found = load_registered(config, f"models:/{name}/{version}", example)
     worst = float(np.max(np.abs(found - expected)))

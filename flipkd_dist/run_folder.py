@@ -11,9 +11,12 @@ import yaml
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 
-# What decides the trained adapter; where the data lie, how many workers there are and who tracks them does not.
+# What decides the trained adapter; where the data lie and who tracks the run does not.
 DECISIVE = ("seed", "teacher", "student", "loss", "train")
-NOT_DECISIVE = {"teacher": ("batch_size", "num_workers"), "train": ("per_device_eval_batch_size", "logging_steps")}
+NOT_DECISIVE = {
+    "teacher": ("batch_size", "num_workers"),
+    "train": ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "keep_checkpoints"),
+}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -46,11 +49,15 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
             if key not in NOT_DECISIVE.get(section, ()):
                 found[f"{section}.{key}".rstrip(".")] = setting
     found["data.max_length"] = config.data.max_length
+    # The contrast batch is what counts, however it is divided.
+    found["train.per_device_train_batch_size x distributed.num_workers"] = (
+        config.train.per_device_train_batch_size * config.distributed.num_workers
+    )
     return found
 
 
 class RunFolder:
-    """`OUTPUT_DIR/NAME` and its parts; see CONTRACT in the documentation for the layout."""
+    """`OUTPUT_DIR/NAME` and its parts; docs/reference.md shows the layout."""
 
     def __init__(self, config: RunConfig):
         self.config, self.path = config, config.run_dir
@@ -87,6 +94,27 @@ class RunFolder:
                 f"name: {self.path} holds a run with {key} = {before[key]!r}, now {now[key]!r}: "
                 "choose another name, or remove the folder"
             )
+
+    def check_trained(self, inputs: str) -> None:
+        """Refuse to replace a finished adapter; the settings are the same (`check`), so the data or models changed.
+
+        Raises:
+            UserError
+        """
+        done = (read_json(self.path / "stages.json") or {}).get("train")
+        if done not in (None, inputs):
+            raise UserError(
+                f"name: {self.path} holds an adapter of other training data or models: choose another name, "
+                "or remove the folder"
+            )
+
+    def require_adapter(self) -> None:
+        """
+        Raises:
+            UserError: nothing has been trained here.
+        """
+        if not (self.adapter / "flipkd.json").is_file():
+            raise UserError(f"{self.path}: no adapter yet: run `flipkd train` with this configuration first")
 
     def open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ SUMS = (
     "kept_off_diagonal",
     "tokens",
     "padded_tokens",
+    "truncated",
 )
 
 
@@ -160,6 +161,7 @@ class TrainingStep:
                     (rows.keep & off).sum(),
                     batch.num_tokens,
                     batch.input_ids.numel(),
+                    batch.num_truncated,
                 )
             ]
         )
@@ -199,4 +201,5 @@ def summarise(counts: Tensor, sums: Tensor, loss: LossConfig) -> dict[str, float
         "kept_positives": share("kept_positives", "num_match"),
         "kept_negatives": share("kept_negatives", "num_mismatch"),
         "kept_off_diagonal": share("kept_off_diagonal", "num_off_diagonal"),
+        "truncated_share": value["truncated"] / num_pairs,
     }

@@ -1,20 +1,23 @@
 """The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer's LoRA-A."""
 
 import hashlib
+import inspect
 import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.model_files import one_line
 from flipkd_dist.packing import ComputeCost
 
 LORA_A_STD = 0.01  # FlipKD, section 4
@@ -22,7 +25,7 @@ FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MASKABLE_ATTENTION = ("sdpa", "eager")
 # Settings that change the logits beyond a product with the output matrix.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 # Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
 ATTENTION_SLOWDOWN = 3.0
 
@@ -76,12 +79,12 @@ class Student(nn.Module):
         ).last_hidden_state
         answers = hidden.flatten(0, 1)[answer_positions]
         logits = nn.functional.linear(answers, self.answer_rows, self.answer_bias)
-        readouts = self._segment_means(self._captured, segments, len(answer_positions))
+        readouts = self.segment_means(self._captured, segments, len(answer_positions))
         self._captured = None
         return logits.float(), readouts[0::2], readouts[1::2]
 
     @staticmethod
-    def _segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
+    def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
         """Mean of `values` [R, L, r] over the tokens of each text: [2m, r]."""
         slots = segments.flatten()
         sums = values.new_zeros(2 * num_pairs + 1, values.shape[-1], dtype=torch.float32)
@@ -112,11 +115,9 @@ def last_encoder(model: nn.Module, encoder_module: str) -> tuple[str, nn.Module]
         raise UserError(
             f"student.encoder_module: no layer has LoRA on {encoder_module!r}: name one of student.lora_target_modules"
         )
-    return max(found)[1:] if len({layer for layer, *_ in found}) == len(found) else _ambiguous(encoder_module)
-
-
-def _ambiguous(encoder_module: str):
-    raise UserError(f"student.encoder_module: {encoder_module!r} stands more than once in a layer: name another")
+    if len({layer for layer, *_ in found}) < len(found):
+        raise UserError(f"student.encoder_module: {encoder_module!r} stands more than once in a layer: name another")
+    return max(found)[1:]
 
 
 def attention_targets(model: nn.Module) -> list[str]:
@@ -139,9 +140,12 @@ def check_base(folder: Path, settings: StudentConfig):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"student.model_name_or_path: {name} cannot be loaded ({_first_line(error)})") from None
-    if config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise UserError(f"student.model_name_or_path: {name} ({config.model_type}) is not a causal LM: take a decoder")
+        raise UserError(f"student.model_name_or_path: {name} cannot be loaded ({one_line(error)})") from None
+    text_only = config.get_text_config() is config
+    if not text_only or config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(
+            f"student.model_name_or_path: {name} ({config.model_type}) is not a causal LM of text: take one"
+        )
     if getattr(config, "quantization_config", None):
         raise UserError(f"student.model_name_or_path: {name} is quantised already: take the original weights")
     for key in LOGIT_TRANSFORMS:
@@ -164,8 +168,21 @@ def attention_implementation(settings: StudentConfig) -> str:
     return settings.attn_implementation
 
 
+def check_parts(model: nn.Module, name: str) -> None:
+    """Two-row logits and packed rows need a body that takes positions, and nothing behind it but the output matrix."""
+    known = {model.base_model, model.get_output_embeddings()}
+    if set(model.children()) - known or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(
+            f"student.model_name_or_path: {name} ({type(model).__name__}) takes no position_ids or has layers between "
+            "its body and its output matrix: take another"
+        )
+
+
 def shares_prefix(config, max_length: int) -> bool:
-    """Whether packed rows are exact: not where a sliding window is shorter than the sequence."""
+    """Whether packed rows are exact: attention alone, no biases by distance in the row, no window that cuts."""
+    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other_layers or getattr(config, "alibi", False):
+        return False
     window = getattr(config, "sliding_window", None)
     uses_window = getattr(config, "use_sliding_window", window is not None)
     return not (uses_window and window and window < max_length)
@@ -175,7 +192,7 @@ def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"{key}: the tokenizer in {folder} cannot be loaded ({one_line(error)})") from None
 
 
 def load_student(
@@ -198,6 +215,7 @@ def load_student(
         UserError: a base that cannot be loaded, or modules that it lacks.
     """
     config = check_base(folder, settings)
+    transformers.utils.logging.disable_progress_bar()
     try:
         with sharded():
             model = AutoModelForCausalLM.from_pretrained(
@@ -208,10 +226,11 @@ def load_student(
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"student.model_name_or_path: {settings.model_name_or_path} cannot be loaded ({_first_line(error)})"
+            f"student.model_name_or_path: {settings.model_name_or_path} cannot be loaded ({one_line(error)})"
         ) from None
+    check_parts(model, settings.model_name_or_path)
     rows, bias = output_rows(model, folder, answers)
     if gradient_checkpointing:
         # The reentrant kind detaches what the hook captures: the read-out would have no gradient.
@@ -229,7 +248,7 @@ def load_student(
     try:
         model = get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"student.lora_target_modules: {targets} do not fit ({_first_line(error)})") from None
+        raise UserError(f"student.lora_target_modules: {targets} do not fit ({one_line(error)})") from None
     student = Student(
         model, rows.to(dtype), None if bias is None else bias.to(dtype), settings.encoder_module or targets[0]
     )
@@ -255,7 +274,10 @@ def output_rows(model: nn.Module, folder: Path, rows: list[int]) -> tuple[Tensor
     # A tied matrix has several names, of which the files hold one.
     weight_names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
     head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-    weight = _read_rows(folder, weight_names, rows)
+    # Files may leave out the body's prefix (GPT-2) or keep a name of old (GPT-NeoX), which transformers maps.
+    stored_names = [name.removeprefix(f"{model.base_model_prefix}.") for name in weight_names]
+    stored_names += ["embed_out.weight"] if head_name == "lm_head" else []
+    weight = _read_rows(folder, [*weight_names, *stored_names], rows)
     if weight is None:
         raise UserError(f"student.model_name_or_path: no tensor {' or '.join(weight_names)} in {folder}: not supported")
     return weight, _read_rows(folder, [f"{head_name}.bias"], rows) if getattr(head, "bias", None) is not None else None
@@ -264,11 +286,8 @@ def output_rows(model: nn.Module, folder: Path, rows: list[int]) -> tuple[Tensor
 def _read_rows(folder: Path, names: list[str], rows: list[int]) -> Tensor | None:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            for name in set(tensors.keys()) & set(names):
-                matrix = tensors.get_slice(name)
-                return torch.stack([matrix[row : row + 1][0] for row in rows])
+            for name in names:
+                if name in tensors.keys():  # noqa: SIM118, this is no dictionary
+                    matrix = tensors.get_slice(name)
+                    return torch.stack([matrix[row : row + 1][0] for row in rows])
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

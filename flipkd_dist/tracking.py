@@ -6,6 +6,7 @@ The only module that imports mlflow, inside the functions that need it (besides 
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flipkd_dist.config import RunConfig
+from flipkd_dist.console import quiet_others
 
 logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
@@ -27,11 +29,9 @@ def tracking_uri(config: RunConfig) -> str:
 
 def client(uri: str):
     """A client of tracking server and registry at `uri`."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store").setLevel(logging.WARNING)
     import mlflow
 
+    quiet_others()  # importing mlflow sets its own levels
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return mlflow.MlflowClient(uri, uri)
@@ -84,8 +84,6 @@ class RunLogger:
         if self.run_id is None:
             return
         with self._quietly(f"step {step}") as mlflow_client:
-            import time
-
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)

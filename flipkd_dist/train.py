@@ -23,6 +23,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import (
     best_threshold,
     binary_metrics,
+    hard_negatives,
     metrics_by_kind,
     pair_texts,
     student_scores,
@@ -126,10 +127,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
             log.check_first_update(engine.lora_state())
         if (number + 1) % eval_steps == 0 or number + 1 == num_steps:
             save_candidate(bench, number + 1, validation, probes, log)
-    if bench.make_batch.num_truncated:
-        logger.warning(
-            "%d texts pairs were cut to data.max_length on rank %d", bench.make_batch.num_truncated, world.rank
-        )
+    log.say_truncated()
     world.barrier()
     if world.is_main:
         export_best(bench, probes, base_answers)
@@ -154,7 +152,7 @@ def save_candidate(bench: Workbench, step: int, validation: PairTable | None, pr
         answers, _ = bench.scores(probes, "probe")
     else:
         answers, cosines = bench.scores(pair_texts(validation), "validate")
-        easy = np.array(validation.kind) != "hard"  # as in the headline of the metrics
+        easy = ~hard_negatives(validation)  # as in the headline of the metrics
         labels = validation.label[easy]
         threshold = best_threshold(answers[easy], labels)
         metrics = binary_metrics(answers[easy], labels, threshold)
@@ -191,6 +189,7 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: n
         prompt=config.student.prompt,
         answers=config.student.answers,
         encoder_module=student.encoder_module,
+        attn_implementation=config.student.attn_implementation,
         max_length=config.data.max_length,
         threshold=manifest["threshold"],
         step=manifest["step"],
@@ -214,6 +213,7 @@ class MetricLog:
     def __init__(self, bench: Workbench, num_steps: int, tracker: RunLogger):
         self.bench, self.num_steps, self.tracker = bench, num_steps, tracker
         self.start = self.window_start = time.monotonic()
+        self.num_truncated = self.num_pairs = 0.0
         self.counts, self.sums = (
             torch.zeros(len(LOSSES), dtype=torch.float64),
             torch.zeros(len(SUMS), dtype=torch.float64),
@@ -254,13 +254,26 @@ class MetricLog:
             *divmod(round(eta), 60),
         )
         if step == 1:
-            logger.info(
-                "the noise filter keeps %.0f %% of positives, %.0f %% of labelled and %.0f %% of off-diagonal negatives",
-                *(100 * values[f"kept_{kind}"] for kind in ("positives", "negatives", "off_diagonal")),
-            )
+            self._say_kept(values)
+        self.num_truncated += sums[SUMS.index("truncated")].item()
+        self.num_pairs += self.counts[0].item()
         self.counts.zero_()
         self.sums.zero_()
         self.window_start = now
+
+    def _say_kept(self, values: dict[str, float]) -> None:
+        kept = {kind: values[f"kept_{kind}"] for kind in ("positives", "negatives", "off_diagonal")}
+        shares = "%.0f %% of positives, %.0f %% of labelled, %.0f %% of off-diagonal negatives"
+        logger.info(f"step 1: the noise filter keeps {shares}", *(100 * share for share in kept.values()))
+        if min(kept.values()) < 0.05:
+            logger.warning("warning: under 5 %% of a kind is kept: `flipkd score` suggests another loss.threshold")
+
+    def say_truncated(self) -> None:
+        if self.num_truncated:
+            logger.warning(
+                "%d of %d pairs that were trained on had been cut to data.max_length = %d tokens",
+                self.num_truncated, self.num_pairs, self.bench.inputs.config.data.max_length,
+            )  # fmt: skip
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if self.bench.world.is_main:

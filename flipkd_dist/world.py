@@ -4,8 +4,23 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
+
+
+class _AllGather(torch.autograd.Function):
+    """Equal blocks of every rank, concatenated; the backward sums every rank's gradient of a block at its owner."""
+
+    @staticmethod
+    def forward(ctx, block: Tensor) -> Tensor:
+        blocks = [torch.empty_like(block) for _ in range(dist.get_world_size())]
+        dist.all_gather(blocks, block)
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class World:
             return rows
         most = max(rows_per_rank)
         padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
-        parts = dist_nn.all_gather(padded)
+        parts = _AllGather.apply(padded).chunk(self.size)
         return torch.cat([part[:count] for part, count in zip(parts, rows_per_rank, strict=True)])
 
     def gather_object(self, value):

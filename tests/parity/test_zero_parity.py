@@ -3,7 +3,6 @@
 Plain SGD without clipping first: AdamW and clipping hide a wrong scale of the gradient.
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,57 +10,26 @@ import pytest
 import torch
 from gang import run_gang
 from tiny import WORDS, pair_table, save_student, unit_vectors
+from zero import SGD, start_engine
 
 from flipkd_dist.batches import BatchMaker
-from flipkd_dist.config import LossConfig, StudentConfig
-from flipkd_dist.engine import DeepSpeedEngine, PlainEngine, prepare_deepspeed, sharded_loading
+from flipkd_dist.config import LossConfig
 from flipkd_dist.order import Order
 from flipkd_dist.pairs import PairTable
-from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.step import TrainingStep, summarise
-from flipkd_dist.student import load_student, load_tokenizer
 from flipkd_dist.world import World
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-5
 LOSS = LossConfig(dist_weight=0.7, mcl_weight=0.9, margin=0.3, threshold=0.5)
-SETTINGS = StudentConfig(model_name_or_path="tiny", lora_dropout=0.0)
-SGD = partial(torch.optim.SGD, lr=0.0)
 ADAMW = partial(torch.optim.AdamW, lr=0.0, weight_decay=0.1)
-
-
-def start_student(folder, sharded=nullcontext):
-    """The student of a step in the middle of training: B is not zero any more."""
-    encoder = PairEncoder(load_tokenizer(folder), "same ? {text_a} | {text_b} =", ["yes", "no"], 120)
-    student = load_student(folder, SETTINGS, encoder.answer_ids, 16, sharded=sharded)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in student.lora_parameters().items():
-        if ".lora_B." in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        else:
-            parameter.data.mul_(10)
-    return student, encoder
 
 
 def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, clip=0.0, rate=0.5, loss=LOSS):
     """Two updates. Losses, unclipped gradients of each, the weights at the end, and the shapes of the work."""
     world = World.current()
-    ds_config = {
-        "train_batch_size": world.size * accumulation,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-    if stage:
-        prepare_deepspeed(use_gpu=False)
-    student, encoder = start_student(folder, partial(sharded_loading, ds_config) if stage == 3 else nullcontext)
-    if stage:
-        engine = DeepSpeedEngine(student, optimizer, ds_config)
-    else:
-        engine = PlainEngine(student, optimizer, clip)
+    engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
+    student = engine.student
     make_batch = BatchMaker(encoder, student, share_prefix=True)
     step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, loss)
     order = Order(len(pairs), contrast_batch, accumulation, seed=3)

@@ -3,26 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from tiny import CAUSAL, save_student, sentences
+from tiny import CAUSAL, save_student, sentences, started_student
 
-from flipkd_dist.config import StudentConfig
 from flipkd_dist.packing import ComputeCost, pack, plan_rows
-from flipkd_dist.prompt import PairEncoder
-from flipkd_dist.student import load_student, load_tokenizer, shares_prefix
+from flipkd_dist.student import shares_prefix
 
 COST = ComputeCost(linear=1000.0, attention=1.0)
 
 
 def student_and_pairs(folder, attn_implementation="auto", num_pairs=9):
-    settings = StudentConfig(model_name_or_path="tiny", lora_dropout=0.0, attn_implementation=attn_implementation)
-    encoder = PairEncoder(load_tokenizer(folder), "do i same ? {text_a} | {text_b} =", ["yes", "no"], 60)
-    student = load_student(folder, settings, encoder.answer_ids, 8)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in student.lora_parameters().items():
-        if ".lora_B." in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        else:
-            parameter.data.mul_(10)
+    student, encoder = started_student(folder, attn_implementation=attn_implementation)
     texts = sentences(2 * num_pairs, seed=4)
     return student, encoder.prefix, [encoder.encode(a, b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
 

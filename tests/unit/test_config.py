@@ -1,0 +1,257 @@
+"""The configuration: its defaults, what a file and the overrides may say, and the one line that answers a mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flipkd_dist.config import RunConfig, load_config, validate
+from flipkd_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted([*ROOT.glob("flipkd_dist/samples/*.yaml"), *ROOT.glob("examples/*.yaml")])
+DEFAULTS = {
+    "name": "x",
+    "output_dir": "runs",
+    "seed": 42,
+    "data": {
+        "train": None,
+        "validation": None,
+        "test": None,
+        "format": "auto",
+        "text_a": "text_a",
+        "text_b": "text_b",
+        "label": "label",
+        "max_length": 256,
+    },
+    "teacher": {"model_name_or_path": None, "pooling": "mean", "max_length": 128, "batch_size": 64, "num_workers": 2},
+    "student": {
+        "model_name_or_path": None,
+        "load_in_4bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "lora_r": None,
+        "lora_alpha": None,
+        "lora_dropout": 0.05,
+        "lora_target_modules": None,
+        "encoder_module": None,
+        "prompt": None,
+        "answers": ["Yes", "No"],
+        "attn_implementation": "auto",
+        "tuning": "lora",
+    },
+    "loss": {
+        "sup_weight": 1.0,
+        "dist_weight": 0.1,
+        "mcl_weight": 0.1,
+        "margin": 0.06,
+        "threshold": 0.5,
+        "temperature": 1.0,
+        "mcl_negative_margin": "negative",
+        "mcl_symmetric": False,
+        "contrastive": "mcl",
+    },
+    "train": {
+        "num_train_epochs": 3,
+        "max_steps": -1,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 3.0e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "bf16": "auto",
+        "gradient_checkpointing": False,
+        "metric_for_best_model": "roc_auc",
+        "save_steps": None,
+        "eval_steps": None,
+        "logging_steps": 10,
+        "keep_checkpoints": 5,
+    },
+    "distributed": {
+        "num_workers": 1,
+        "use_gpu": "auto",
+        "resources_per_worker": {},
+        "deepspeed": "ds_configs/zero3.json",
+        "storage_path": None,
+        "timeout_s": 600,
+    },
+    "tracking": {"mlflow_tracking_uri": None, "experiment": "flipkd", "registered_model": None, "alias": "champion"},
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+@pytest.fixture
+def named(tmp_path) -> Path:
+    return write(tmp_path, "name: x\n")
+
+
+def test_defaults(named):
+    assert load_config(named).model_dump() == DEFAULTS
+
+
+def test_an_empty_section_is_its_defaults(tmp_path):
+    text = "name: x\n" + "".join(f"{section}:\n" for section, value in DEFAULTS.items() if isinstance(value, dict))
+    assert load_config(write(tmp_path, text)).model_dump() == DEFAULTS
+
+
+def test_overrides_win_and_leave_the_rest(tmp_path):
+    path = write(tmp_path, "name: x\nseed: 7\ntrain: {learning_rate: 0.5, logging_steps: 3}\n")
+    config = load_config(path, ["train.learning_rate=0.25", "data.max_length=9", "train.learning_rate=0.125"])
+    assert (config.train.learning_rate, config.train.logging_steps) == (0.125, 3)  # the last word, the file
+    assert (config.seed, config.data.max_length) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("data.train=[a.jsonl, b.csv]", ["a.jsonl", "b.csv"]),
+        ("data.train=org/name:train", "org/name:train"),
+        ("data.test=null", None),
+        ("data.test=", None),
+        ("loss.threshold=null", None),
+        ("student.lora_target_modules=[q_proj]", ["q_proj"]),
+        ("student.prompt='same ? {text_a} = {text_b}: '", "same ? {text_a} = {text_b}: "),
+        ('student.answers=["Yes","No"]', ["Yes", "No"]),
+        ("distributed.resources_per_worker={CPU: 2, GPU: 0.5}", {"CPU": 2, "GPU": 0.5}),
+        ("distributed.resources_per_worker.CPU=3", {"CPU": 3}),
+        ("train.bf16=true", True),
+        ("train.bf16=auto", "auto"),
+        ("train.max_steps=-1", -1),
+        ("tracking.alias='5'", "5"),
+    ],
+)
+def test_overrides_hold_any_yaml_value(tmp_path, override, value):
+    path = write(tmp_path, "name: x\ndata: {train: old.jsonl, test: old.jsonl}\n")
+    section, key = override.split("=")[0].split(".")[:2]
+    assert getattr(getattr(load_config(path, [override]), section), key) == value
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+def test_scientific_notation_is_a_number(tmp_path, written):
+    path = write(tmp_path, f"name: x\ntrain: {{learning_rate: {written}}}\n")
+    override = [f"train.weight_decay={written}"]
+    config = load_config(path, override)
+    assert (config.train.learning_rate, config.train.weight_decay) == (1e-4, 1e-4)
+
+
+def test_whole_numbers_stand_for_floats_but_nothing_else_is_converted(named):
+    config = load_config(named, ["train.learning_rate=1", "loss.margin=0"])
+    assert (config.train.learning_rate, type(config.train.learning_rate)) == (1.0, float)
+    for override in (
+        "train.learning_rate='3'", "train.learning_rate=true", "train.max_steps=3.5", "train.max_steps='3'",
+        "train.max_steps=true", "seed=null", "data.text_a=5", "loss.mcl_symmetric=1", "loss.mcl_symmetric='false'",
+        "student.lora_r=8.0", "student.answers=Yes", "name=5", "train=5", "data.train=5",
+    ):  # fmt: skip
+        key = override.split("=")[0]
+        assert mistake(named, override).startswith(f"c.yaml: {key} = "), override
+
+
+@pytest.mark.parametrize("key", ["train.learning_rate", "loss.margin", "loss.threshold", "student.lora_alpha"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(named, key, value):
+    assert mistake(named, f"{key}={value}").startswith(f"c.yaml: {key} = ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.learning_rate=0", "train.max_steps=0", "train.max_steps=-2", "data.max_length=0", "loss.threshold=1.01",
+        "loss.temperature=0", "student.lora_dropout=1", "train.warmup_ratio=2", "seed=-1", "train.save_steps=0",
+        "distributed.num_workers=0", "distributed.resources_per_worker={CPU: -1}",
+        "distributed.resources_per_worker={CPU: .inf}", "data.format=xml", "teacher.pooling=max", "train.bf16=maybe",
+        "name=../x", "name=''", "student.answers=[a, b, c]", "student.answers=[a, '']", "student.load_in_4bit=true",
+    ],
+)  # fmt: skip
+def test_values_out_of_range(named, override):
+    key = override.split("=")[0]
+    assert mistake(named, override).startswith(f"c.yaml: {key} = ")
+    assert mistake(named, override).endswith("; correct this value")
+
+
+def test_a_value_of_several_kinds_lists_all_of_them(named):
+    assert "train.bf16 = 'maybe': must be a valid boolean or 'auto';" in mistake(named, "train.bf16=maybe")
+    assert "train.max_steps = 0: must be -1 or greater than or equal to 1;" in mistake(named, "train.max_steps=0")
+
+
+def test_bare_yes_and_no_are_told_to_be_quoted(tmp_path):
+    said = mistake(write(tmp_path, "name: x\nstudent: {answers: [Yes, No]}\n"))
+    assert 'quote them: ["Yes", "No"]' in said
+
+
+@pytest.mark.parametrize(
+    "unknown, nearest",
+    [
+        ("train.learning_rat", "train.learning_rate"),
+        ("learning_rate", "train.learning_rate"),
+        ("train.threshold", "loss.threshold"),
+        ("trian", "train"),
+        ("student.lora_rank", "student.lora_r"),
+        ("ouput_dir", "output_dir"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(named, unknown, nearest):
+    assert mistake(named, f"{unknown}=1") == f"c.yaml: unknown key {unknown}: the nearest known key is {nearest}"
+
+
+def test_an_unknown_dotted_key_is_never_sent_to_a_section(named):
+    sections = {section for section, value in DEFAULTS.items() if isinstance(value, dict)}
+    assert mistake(named, "train.lr=1").rsplit(" ", 1)[1] not in sections
+
+
+def test_two_mistakes_are_one_line(tmp_path):
+    assert "\n" not in mistake(write(tmp_path, "seed: -1\ntrain: {a: 1, b: 2}\nextra: 1\n"))
+
+
+@pytest.mark.parametrize("values", [None, [], "name", 5])
+def test_only_a_mapping_is_validated(values):
+    with pytest.raises(UserError, match="the driver: not a mapping"):
+        validate(values, "the driver")
+
+
+def test_examples_were_found():
+    assert ROOT / "flipkd_dist/samples/demo.yaml" in EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_valid(path):
+    assert load_config(path).model_dump(exclude_defaults=True).keys() >= {"name", "data", "teacher", "student"}
+
+
+def test_written_and_read_again_it_is_the_same(tmp_path, named):
+    config = load_config(
+        named,
+        [
+            "data.train=[a.jsonl, 'b c.jsonl']",
+            "student.prompt='{text_a}: \"ß\"\n | {text_b} #='",
+            "student.answers=['是', 'no']",
+            "train.learning_rate=1e-7",
+            "loss.threshold=null",
+            "distributed.resources_per_worker={CPU: 2}",
+            "tracking.alias='1e3'",
+            "tracking.experiment='true'",
+            "tracking.registered_model='null'",
+        ],
+    )
+    text = config.to_yaml()
+    assert load_config(write(tmp_path, text)) == config
+    assert RunConfig.model_validate(yaml.safe_load(text)) == config  # as the run folder reads it
+    assert list(yaml.safe_load(text)) == list(DEFAULTS)
+
+
+def test_run_dir_knows_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert RunConfig(name="x", output_dir="~/runs").run_dir == Path("/home/someone/runs/x")

@@ -1,0 +1,158 @@
+"""What the student gives out, against the whole model and against hand computations."""
+
+import copy
+
+import pytest
+import torch
+from tiny import CAUSAL, save_student, sentences, started_student
+
+from flipkd_dist.config import StudentConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.packing import pack
+from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.student import LORA_A_STD, Student, load_student
+
+TEXTS = list(zip(*[iter(sentences(12, seed=4))] * 2, strict=True))
+
+
+def run(student, encoder, pairs: list[EncodedPair]):
+    """Logits and read-outs of the pairs, one a row."""
+    return student(**pack(encoder.prefix, pairs, [[number] for number in range(len(pairs))]).tensors("cpu"))
+
+
+def last_queries(student):
+    """The query projection with LoRA of the last layer, found without the code under test."""
+    return student.model.get_base_model().model.layers[-1].self_attn.q_proj
+
+
+@pytest.mark.parametrize("family", sorted(CAUSAL))
+@torch.no_grad()
+def test_answer_logits_are_two_of_the_whole_vocabulary(tmp_path, family):
+    student, encoder = started_student(save_student(tmp_path, family))
+    pairs = [encoder.encode(*texts) for texts in TEXTS]
+    logits, *_ = run(student.eval(), encoder, pairs)
+    for number, pair in enumerate(pairs):
+        whole = student.model(input_ids=torch.tensor([encoder.prefix + pair.ids])).logits[0, -1]
+        torch.testing.assert_close(logits[number], whole[encoder.answer_ids], rtol=1e-5, atol=1e-5)
+    assert (logits[:, 0] - logits[:, 1]).std() > 0.01
+    with student.model.disable_adapter():
+        base = student.model(input_ids=torch.tensor([encoder.prefix + pairs[0].ids])).logits[0, -1]
+    assert (logits[0] - base[encoder.answer_ids]).abs().max() > 0.01  # the adapter counts
+
+
+@pytest.mark.parametrize("family", sorted(CAUSAL))
+@torch.no_grad()
+def test_read_out_is_the_mean_of_a_over_the_span(tmp_path, family):
+    student, encoder = started_student(save_student(tmp_path, family), lora_dropout=0.5)
+    pairs = [encoder.encode(*texts) for texts in TEXTS]
+    _, *readouts = run(student.eval(), encoder, pairs)
+    _, in_training, _ = run(student.train(), encoder, pairs)
+    inputs = []
+    projection = last_queries(student)
+    projection.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
+    student.eval()
+    for number, pair in enumerate(pairs):
+        student.model(input_ids=torch.tensor([encoder.prefix + pair.ids]))
+        tokens = inputs.pop()[0] @ projection.lora_A["default"].weight.T
+        for readout, span in zip(readouts, (pair.text_a, pair.text_b), strict=True):
+            start, stop = len(encoder.prefix) + span.start, len(encoder.prefix) + span.stop
+            torch.testing.assert_close(readout[number], tokens[start:stop].mean(0), rtol=1e-6, atol=1e-6)
+    assert (readouts[0] - in_training).abs().max() > 0.01  # dropout in training, none in evaluation
+
+
+@torch.no_grad()
+def test_the_second_read_out_has_read_the_first_text_and_not_the_reverse(tmp_path):
+    student, encoder = started_student(save_student(tmp_path))
+    a, b, other = "card lost my pin", "how do i open the account", "where is the money with"
+    pairs = [encoder.encode(*texts) for texts in ((a, b), (a, other), (other, b))]
+    _, first, second = run(student.eval(), encoder, pairs)
+    torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-6)
+    assert (second[0] - second[2]).abs().max() > 0.01
+    assert (first[0] - first[2]).abs().max() > 0.01 and (second[0] - second[1]).abs().max() > 0.01
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    folder = save_student(tmp_path)
+    results = []
+    for checkpointing in (False, True):
+        student, encoder = started_student(folder)
+        if checkpointing:
+            fresh = load_student(folder, settings(), encoder.answer_ids, 8, gradient_checkpointing=True)
+            fresh.load_state_dict(student.state_dict())
+            student = fresh
+        passes = []
+        last_queries(student).register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        outputs = run(student.train(), encoder, [encoder.encode(*texts) for texts in TEXTS])
+        weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for value in outputs]
+        sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
+        results.append({name: parameter.grad for name, parameter in student.lora_parameters().items()})
+        assert len(passes) == 1 + checkpointing
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def settings(**changes) -> StudentConfig:
+    return StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **changes})
+
+
+def fresh_lora(folder, seed=0, rank=8, **changes) -> dict[str, torch.Tensor]:
+    student = load_student(folder, settings(**changes), [5, 6], rank, seed)
+    return {name: parameter.detach() for name, parameter in student.lora_parameters().items()}
+
+
+def test_fresh_lora(tmp_path):
+    folder = save_student(tmp_path)
+    one = fresh_lora(folder, rank=64)
+    torch.manual_seed(99)
+    torch.randn(7)  # the global state must not count
+    again = fresh_lora(folder, rank=64, lora_target_modules=["o_proj", "v_proj", "k_proj", "q_proj"])
+    other_seed = fresh_lora(folder, rank=64, seed=1)
+    down = {name: value for name, value in one.items() if ".lora_A." in name}
+    assert len(one) == 2 * len(down) == 2 * 2 * 4  # layers, projections
+    for name, value in one.items():
+        assert value.dtype == torch.float32 and torch.equal(value, again[name])
+        if name not in down:
+            assert not value.any()
+            continue
+        assert value.std().item() == pytest.approx(LORA_A_STD, rel=0.1) and abs(value.mean()) < 5e-4
+        assert not torch.equal(value, other_seed[name])
+    values = [value for value in down.values() if value.shape == (64, 48)]
+    assert len(values) == 8
+    assert len({value[0, 0].item() for value in values}) == 8
+
+
+def test_lora_alone_is_trainable_and_of_the_given_rank(tmp_path):
+    folder = save_student(tmp_path)
+    for rank, changes in ((8, {}), (5, {"lora_r": 5, "lora_alpha": 7.0})):
+        student = load_student(folder, settings(**changes), [5, 6], 8)
+        trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        assert trainable == {name for name, _ in student.named_parameters() if ".lora_" in name}
+        assert {f"model.{name}" for name in student.lora_parameters()} == trainable
+        assert {p.shape[0] for name, p in student.lora_parameters().items() if ".lora_A." in name} == {rank}
+        assert {p.shape[1] for name, p in student.lora_parameters().items() if ".lora_B." in name} == {rank}
+        assert last_queries(student).scaling["default"] == changes.get("lora_alpha", rank) / rank
+
+
+@torch.no_grad()
+def test_encoder_module_chooses_the_read_out(tmp_path):
+    folder = save_student(tmp_path)
+    readouts = {}
+    for module in (None, "q_proj", "v_proj", "o_proj"):
+        student, encoder = started_student(folder, encoder_module=module)
+        assert student.encoder_name.endswith(f"layers.1.self_attn.{module or 'q_proj'}")
+        readouts[module] = run(student.eval(), encoder, [encoder.encode(*TEXTS[0])])[1]
+    assert torch.equal(readouts[None], readouts["q_proj"])
+    assert not torch.allclose(readouts["q_proj"], readouts["v_proj"], atol=0.01)
+    assert not torch.allclose(readouts["v_proj"], readouts["o_proj"], atol=0.01)
+    with pytest.raises(UserError, match=r"^student\.encoder_module: no layer has LoRA on 'gate_up_proj': name one"):
+        load_student(folder, settings(encoder_module="gate_up_proj"), [5, 6], 8)
+
+
+def test_encoder_module_must_stand_once_in_a_layer(tmp_path):
+    student = load_student(save_student(tmp_path), settings(), [5, 6], 8)
+    layer = student.model.get_base_model().model.layers[1]
+    layer.second = torch.nn.ModuleDict({"q_proj": copy.deepcopy(layer.self_attn.q_proj)})
+    with pytest.raises(UserError, match=r"'q_proj' stands more than once in a layer"):
+        Student(student.model, student.answer_rows, None, "q_proj")
