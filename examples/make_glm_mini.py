@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import AutoModel, AutoTokenizer
 
 from flipkd_dist.glm_mini import PROMPT, blocks_of, untrained
@@ -31,8 +31,8 @@ from flipkd_dist.student import Student
 
 CENTRE, WIDTH = 0.55, 0.07
 PAIRS_PER_STEP, PEAK_RATE, WARMUP_STEPS = 64, 1e-3, 150
-BANKING_SHARE = 0.7  # of the pairs; the rest is WordNet
-MEANING_WEIGHT = 5.0  # brings its gradient to the size of the answers'
+BANKING_SHARE = 0.5  # of the pairs; the rest is WordNet
+MEANING_WEIGHT, RANKING_WEIGHT, SOFTNESS = 5.0, 0.5, 0.1
 NEAR, FAR = 4, 30  # ranks of the neighbours that pairs are drawn from
 
 
@@ -187,8 +187,11 @@ def main() -> None:
         logits, first, second = matcher([pair[:2] for pair in pairs])
         similarity = torch.stack([pair[2] for pair in pairs]) @ torch.stack([pair[3] for pair in pairs]).T
         targets = torch.sigmoid((similarity.diagonal() - CENTRE) / WIDTH)
-        meaning = (cosine_matrix(first, second) - similarity).square().mean()
-        loss = binary_cross_entropy_with_logits(logits, targets) + MEANING_WEIGHT * meaning
+        cosines = cosine_matrix(first, second)
+        ranking = cross_entropy(cosines / SOFTNESS, torch.softmax(similarity / SOFTNESS, dim=1))
+        meaning = (cosines - similarity).square().mean()
+        answers = binary_cross_entropy_with_logits(logits, targets)
+        loss = answers + RANKING_WEIGHT * ranking + MEANING_WEIGHT * meaning
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -199,7 +202,7 @@ def main() -> None:
                 {
                     "step": step,
                     "minutes": round((time.time() - start) / 60, 1),
-                    "loss": round(loss.item(), 4),
+                    "answers": round(answers.item(), 4),
                     "meaning": round(meaning.item(), 4),
                     **{name: auc(matcher, *test) for name, test in tests.items()},
                 }

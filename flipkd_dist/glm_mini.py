@@ -51,6 +51,9 @@ def untrained(teacher: Path) -> GlmForCausalLM:
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(embeddings * (EMBEDDING_STD / embeddings.std()))
         model.model.norm.weight.fill_(FINAL_NORM)
+        for layer in model.model.layers:  # a layer starts as the identity, so that the embeddings' meaning stays
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     model.tie_weights()
     return model
 

@@ -36,6 +36,8 @@ class Matcher:
                 f"student.model_name_or_path: {base} is not the base that {folder} was trained on: name that one"
             )
         lora = read_json(folder / "adapter_config.json")
+        if lora is None or not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder}: adapter_config.json or {WEIGHTS} is missing: name a complete adapter folder")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device != "cpu" and torch.cuda.is_bf16_supported() else torch.float32
         settings = StudentConfig(

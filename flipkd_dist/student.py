@@ -49,14 +49,7 @@ class Student(nn.Module):
         self.register_buffer("answer_rows", answer_rows, persistent=False)
         self.register_buffer("answer_bias", answer_bias, persistent=False)
         self.encoder_module = encoder_module
-        self._captured: Tensor | None = None
-        self.encoder_name, encoder = last_encoder(model, encoder_module)
-        encoder.register_forward_hook(self._capture)
-
-    def _capture(self, _module, _inputs, output: Tensor) -> None:
-        # Activation checkpointing runs the module again in the backward: the first output is the one in the graph.
-        if self._captured is None:
-            self._captured = output
+        self.encoder_name = last_encoder(model, encoder_module)
 
     def forward(
         self,
@@ -67,20 +60,22 @@ class Student(nn.Module):
         answer_positions: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums."""
-        self._captured = None
         body = self.model.get_base_model().base_model
         if attention_mask.dim() == 4 and self.model.config._attn_implementation == "eager":
             dtype = self.answer_rows.dtype
             attention_mask = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
                 ~attention_mask, torch.finfo(dtype).min
             )
-        hidden = body(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        captured: list[Tensor] = []
+        encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
+        # Only for this call: activation checkpointing runs the module again in the backward.
+        with encoder.register_forward_hook(lambda _module, _inputs, output: captured.append(output)):
+            hidden = body(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
         answers = hidden.flatten(0, 1)[answer_positions]
         logits = nn.functional.linear(answers, self.answer_rows, self.answer_bias)
-        readouts = self.segment_means(self._captured, segments, len(answer_positions))
-        self._captured = None
+        readouts = self.segment_means(captured[0], segments, len(answer_positions))
         return logits.float(), readouts[0::2], readouts[1::2]
 
     @staticmethod
@@ -104,20 +99,20 @@ class Student(nn.Module):
         return ComputeCost(linear, 4 * hidden * ATTENTION_SLOWDOWN)
 
 
-def last_encoder(model: nn.Module, encoder_module: str) -> tuple[str, nn.Module]:
-    """Name and module of LoRA-A in the last layer's `encoder_module`."""
+def last_encoder(model: nn.Module, encoder_module: str) -> str:
+    """Name of the last layer's `encoder_module`, which has LoRA."""
     found = []
     for name, module in model.named_modules():
         layer = re.search(r"\.(\d+)\.", name)
         if isinstance(module, LoraLayer) and name.rsplit(".", 1)[-1] == encoder_module and layer:
-            found.append((int(layer.group(1)), name, module.lora_A["default"]))
+            found.append((int(layer.group(1)), name))
     if not found:
         raise UserError(
             f"student.encoder_module: no layer has LoRA on {encoder_module!r}: name one of student.lora_target_modules"
         )
-    if len({layer for layer, *_ in found}) < len(found):
+    if len({layer for layer, _ in found}) < len(found):
         raise UserError(f"student.encoder_module: {encoder_module!r} stands more than once in a layer: name another")
-    return max(found)[1:]
+    return max(found)[1]
 
 
 def attention_targets(model: nn.Module) -> list[str]:
@@ -139,8 +134,10 @@ def check_base(folder: Path, settings: StudentConfig):
     name = settings.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"student.model_name_or_path: {name} cannot be loaded ({one_line(error)})") from None
+    except Exception as error:  # transformers raises nearly anything here
+        raise UserError(
+            f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
+        ) from None
     text_only = config.get_text_config() is config
     if not text_only or config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UserError(
@@ -191,8 +188,10 @@ def shares_prefix(config, max_length: int) -> bool:
 def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{key}: the tokenizer in {folder} cannot be loaded ({one_line(error)})") from None
+    except Exception as error:  # transformers and tokenizers raise nearly anything here
+        raise UserError(
+            f"{key}: the tokenizer in {folder} cannot be loaded ({one_line(error)}): save it beside the weights"
+        ) from None
 
 
 def load_student(
@@ -218,18 +217,24 @@ def load_student(
     transformers.utils.logging.disable_progress_bar()
     try:
         with sharded():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention_implementation(settings),
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"student.model_name_or_path: {settings.model_name_or_path} cannot be loaded ({one_line(error)})"
         ) from None
+    if info["missing_keys"]:  # transformers would go on with random weights there
+        raise UserError(
+            f"student.model_name_or_path: {settings.model_name_or_path} lacks {len(info['missing_keys'])} weights, "
+            f"such as {min(info['missing_keys'])}: get it again"
+        )
     check_parts(model, settings.model_name_or_path)
     rows, bias = output_rows(model, folder, answers)
     if gradient_checkpointing:

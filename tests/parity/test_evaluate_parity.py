@@ -44,7 +44,8 @@ def one_by_one(folder, num_pairs):
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "world_size", "stage"), [(7, 1, 0), (7, 2, 0), (7, 4, 0), (7, 1, 3), (7, 2, 3), (5, 2, 3), (1, 2, 3)]
+    ("num_pairs", "world_size", "stage"),
+    [(7, 1, 0), (7, 2, 0), (7, 4, 0), (5, 2, 0), (7, 1, 3), (7, 2, 3), (5, 2, 3), (1, 2, 3)],
 )
 def test_scores_do_not_depend_on_the_world(folder, num_pairs, world_size, stage):
     [expected] = run_gang(1, one_by_one, folder, num_pairs)

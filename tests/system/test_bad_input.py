@@ -510,6 +510,12 @@ PREDICT = {
         "half.jsonl:1: no column text_b",
         ": correct the file or --text-b",
     ),
+    "onto itself": (
+        ("adapter", "train.jsonl", "train.jsonl"),
+        "--output train.jsonl: this is the input",
+        ": name another",
+    ),
+    "no pairs": (("adapter", "empty.jsonl", "out.jsonl"), "--input empty.jsonl: no pairs in it", ": name a file"),
     "no input": (("adapter", "nothing.csv", "out.jsonl"), "nothing.csv: no such file", ": check the path"),
     "no folder": (
         ("adapter", "train.jsonl", "no/out.jsonl"),
@@ -531,6 +537,7 @@ def test_predict(desk, flipkd, monkeypatch, mistake):
     (model, source, output), where, remedy = PREDICT[mistake]
     (desk.path / "models").mkdir()
     desk.write("adapter/flipkd.json", "{}")
+    desk.write("empty.jsonl", "")
     desk.write("half.jsonl", ['{"text_a": "card"}'])
     refuse(desk, flipkd, where, remedy, "predict", model, "--input", source, "--output", output)
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from peft_reference import CARD, plain_peft
 from safetensors.torch import load_file, save_file
 from tiny import pair_table, save_student, started_student
@@ -35,6 +36,7 @@ def saved(tmp_path):
 
 def test_plain_peft_gives_the_same_answers(saved, tmp_path):
     student, encoder, folder = saved
+    assert load_file(folder / WEIGHTS).keys() == get_peft_model_state_dict(student.model).keys()  # as PEFT names them
     scores = student_scores(student, World(), BatchMaker(encoder, student, True), TEXTS, 8)[0]
     np.testing.assert_allclose(plain_peft(tmp_path / "base", folder, TEXTS), scores, rtol=0, atol=1e-6)
     base, _ = started_student(tmp_path / "base")
@@ -159,6 +161,7 @@ def test_cards_that_cannot_be_read(tmp_path):
         "[]",
         "7",
         json.dumps({key: value for key, value in whole.items() if key != "prompt"}),
+        json.dumps({key: value for key, value in whole.items() if key != "probe"}),
         json.dumps(whole | {"unheard_of": 1}),
         json.dumps(whole | {"probe": probe}),
         json.dumps(whole | {"probe": None}),

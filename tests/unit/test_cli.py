@@ -1,9 +1,13 @@
-"""What the command line says about itself."""
+"""What the command line says about itself, and how it ends."""
+
+import logging
 
 import pytest
 from click.testing import CliRunner
 
+from flipkd_dist import cli as command_line
 from flipkd_dist.cli import cli
+from flipkd_dist.errors import StoppedOnRequest, UserError
 
 CONFIGURED = {"run", "score", "train", "evaluate", "register", "show"}
 
@@ -37,3 +41,35 @@ def test_help_of_a_verb_says_what_it_takes(verb):
 
 def test_version():
     assert answer("--version").startswith("flipkd, version ")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("a.csv:3: wrong:\n  mend it"), 2, "a.csv:3: wrong: mend it"),
+        (StoppedOnRequest("stopped at step 5: run again"), 75, "stopped at step 5: run again"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (RuntimeError("rank 1\nfailed"), 1, "RuntimeError: rank 1 failed (FLIPKD_DEBUG=1 shows where)"),
+    ],
+)
+def test_exit_codes_and_one_line(monkeypatch, capsys, error, code, said):
+    def fail(**_):
+        raise error
+
+    monkeypatch.delenv("FLIPKD_DEBUG", raising=False)
+    monkeypatch.setattr(command_line, "cli", fail)
+    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "handlers", [])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == code
+    assert capsys.readouterr() == ("", f"flipkd: {said}\n")
+
+
+def test_debugging_shows_where(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("rank 1")
+
+    monkeypatch.setenv("FLIPKD_DEBUG", "1")
+    monkeypatch.setattr(command_line, "cli", fail)
+    with pytest.raises(RuntimeError, match="rank 1"):
+        command_line.main()

@@ -84,7 +84,14 @@ def test_other_stages(policy_file, stage):
     assert f"zero_optimization.stage is {stage!r}: take 1, 2 or 3" in said
 
 
-@pytest.mark.parametrize("key", RUN_OWNED)
+OWNED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "zero_force_ds_cpu_optimizer"),
+    *("bf16", "bfloat16", "fp16", "amp", "torch_autocast"),
+)
+
+
+@pytest.mark.parametrize("key", sorted({*OWNED, *RUN_OWNED}))
 def test_what_the_run_decides_is_refused(policy_file, key):
     said = mistake(policy_file({"zero_optimization": {"stage": 3}, key: "auto"}))
     assert f"sets {key}, which {RUN_OWNED[key]} decides: remove it there" in said

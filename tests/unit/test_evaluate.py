@@ -137,12 +137,12 @@ def test_teacher_scores_are_cosines_of_the_texts():
 
 def test_format_table():
     one = binary_metrics(np.array([0.9, 0.2]), np.array([1, 0]), 0.25)
-    none = binary_metrics(np.array([0.9]), np.array([1]), 0.5)
+    none = binary_metrics(np.array([0.4]), np.array([1]), 0.5)
     lines = format_table({"test": {"student": one, "student_readout": one}, "test_hard": {"teacher": none}}).split("\n")
     assert lines[0].split() == ["split", "row", "accuracy", "f1", "roc_auc", "avg_prec", "threshold", "pairs"]
     assert lines[1].split() == ["test", "student", "p(match)", *["1.0000"] * 4, "0.2500", "2"]
     assert lines[2].split()[:3] == ["test", "student", "read-out"]
-    assert lines[3].split() == ["test_hard", "teacher", "1.0000", "1.0000", "-", "-", "0.5000", "1"]
+    assert lines[3].split() == ["test_hard", "teacher", "0.0000", "0.0000", "-", "-", "0.5000", "1"]
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
 
 
@@ -156,6 +156,7 @@ def test_ragged_batches_give_the_scores_of_single_pairs(tmp_path, share_prefix):
     for batch_size in (2, 3, 7, 64):
         found = student_scores(student, World(), make_batch, texts, batch_size)
         np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (len(make_batch(texts).input_ids) < 7) == share_prefix
     assert student.training and expected.dtype == np.float64 and expected.shape == (2, 7)
     assert expected.std(axis=1).min() > 1e-3
     assert [part.shape for part in student_scores(student, World(), make_batch, [], 4)] == [(0,), (0,)]

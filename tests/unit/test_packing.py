@@ -6,6 +6,7 @@ import torch
 from tiny import CAUSAL, save_student, sentences, started_student
 
 from flipkd_dist.packing import ComputeCost, pack, plan_rows
+from flipkd_dist.prompt import EncodedPair
 from flipkd_dist.student import shares_prefix
 
 COST = ComputeCost(linear=1000.0, attention=1.0)
@@ -62,11 +63,10 @@ def test_a_pair_does_not_see_its_neighbour(tmp_path):
 
 
 def test_layout():
-    class Pair:
-        def __init__(self, ids, a, b):
-            self.ids, self.text_a, self.text_b = ids, a, b
-
-    pairs = [Pair([11, 12, 13, 14], slice(0, 1), slice(2, 3)), Pair([21, 22, 23], slice(0, 2), slice(2, 3))]
+    pairs = [
+        EncodedPair([11, 12, 13, 14], slice(0, 1), slice(2, 3)),
+        EncodedPair([21, 22, 23], slice(0, 2), slice(2, 3)),
+    ]
     batch = pack([1, 2], pairs, [[0, 1]])
     assert batch.input_ids.tolist() == [[1, 2, 11, 12, 13, 14, 21, 22, 23]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4]]

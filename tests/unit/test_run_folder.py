@@ -149,12 +149,15 @@ DECISIVE = [
     {"student": {"prompt": "{text_a} {text_b}"}},
     {"loss": {"margin": 0.5}},
     {"train": {"learning_rate": 0.5}},
+    {"train": {"per_device_train_batch_size": 16}},
+    {"distributed": {"num_workers": 2}},
 ]
 FREE = [
     {"data": {"train": "other.jsonl"}},
     {"teacher": {"batch_size": 9, "num_workers": 9}},
-    {"train": {"per_device_eval_batch_size": 9, "logging_steps": 9}},
-    {"distributed": {"num_workers": 9}},
+    {"train": {"per_device_eval_batch_size": 9, "logging_steps": 9, "keep_checkpoints": 9}},
+    {"train": {"per_device_train_batch_size": 16}, "distributed": {"num_workers": 2}},  # the same contrast batch
+    {"distributed": {"timeout_s": 9, "deepspeed": "ds_configs/zero1.json"}},
     {"tracking": {"alias": "other"}},
 ]
 
@@ -188,13 +191,15 @@ def test_every_setting_either_decides_or_is_known_not_to():
         if isinstance(value, dict)
         for key in value
     }
-    free = {key for key in flat - decisive_settings(RunConfig(name="x")).keys() if key.split(".")[0] not in
-            ("data", "distributed", "tracking")}  # fmt: skip
-    assert free == {
+    decisive = decisive_settings(RunConfig(name="x")).keys()
+    free = {key for key in flat - decisive if key.split(".")[0] not in ("data", "distributed", "tracking")}
+    counted_with_the_workers = {"train.per_device_train_batch_size"}
+    assert free - counted_with_the_workers == {
         "teacher.batch_size",
         "teacher.num_workers",
         "train.per_device_eval_batch_size",
         "train.logging_steps",
+        "train.keep_checkpoints",
     }
 
 

@@ -60,6 +60,27 @@ def test_read_out_is_the_mean_of_a_over_the_span(tmp_path, family):
     assert (readouts[0] - in_training).abs().max() > 0.01  # dropout in training, none in evaluation
 
 
+def test_read_outs_have_a_gradient(tmp_path):
+    """Through A of the last layer and everything below it, as in the computation by hand."""
+    student, encoder = started_student(save_student(tmp_path))
+    pair = encoder.encode(*TEXTS[0])
+    projection, inputs = last_queries(student), []
+    weights = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
+    _, a, b = run(student, encoder, [pair])
+    (weights * torch.cat([a, b])).sum().backward()
+    found = {name: parameter.grad for name, parameter in student.lora_parameters().items()}
+    student.zero_grad(set_to_none=True)
+    projection.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
+    student.model(input_ids=torch.tensor([encoder.prefix + pair.ids]))
+    tokens = inputs[0][0, len(encoder.prefix) :] @ projection.lora_A["default"].weight.T
+    (weights * torch.stack([tokens[pair.text_a].mean(0), tokens[pair.text_b].mean(0)])).sum().backward()
+    expected = {name: parameter.grad for name, parameter in student.lora_parameters().items()}
+    with_gradient = [name for name, value in expected.items() if value is not None]
+    assert any("layers.1.self_attn.q_proj.lora_A" in name for name in with_gradient) and len(with_gradient) == 9
+    for name in with_gradient:
+        assert (found[name] - expected[name]).norm() / expected[name].norm() < 1e-5, name
+
+
 @torch.no_grad()
 def test_the_second_read_out_has_read_the_first_text_and_not_the_reverse(tmp_path):
     student, encoder = started_student(save_student(tmp_path))
