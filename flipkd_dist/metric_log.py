@@ -1,0 +1,102 @@
+"""What a training says while it runs: lines of metrics.jsonl, of the console and of MLflow."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from flipkd_dist.config import RunConfig
+from flipkd_dist.order import Order
+from flipkd_dist.run_folder import write_whole
+from flipkd_dist.step import LOSSES, SUMS, summarise
+from flipkd_dist.tracking import RunLogger, tracking_uri
+from flipkd_dist.world import World
+
+logger = logging.getLogger("flipkd_dist")
+
+
+class MetricLog:
+    """Gathers steps into lines of metrics.jsonl, of the console and of MLflow."""
+
+    def __init__(self, config: RunConfig, world: World, path: Path, num_steps: int, mlflow_run_id: str | None):
+        """`path` is that of metrics.jsonl; rank 0 alone writes."""
+        self.config, self.world, self.path, self.num_steps = config, world, path, num_steps
+        self.tracker = RunLogger(tracking_uri(config), mlflow_run_id if world.is_main else None)
+        self.start = self.window_start = time.monotonic()
+        self.num_truncated = self.num_pairs = 0.0
+        self.counts = torch.zeros(len(LOSSES), dtype=torch.float64)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        if world.is_main:
+            write_whole(path, "")
+
+    def add(
+        self, step: int, counts: torch.Tensor, sums: torch.Tensor, grad_norm: float, rate: float, order: Order
+    ) -> None:
+        """One optimizer step's counts (global) and sums (this rank's); logged every `logging_steps`."""
+        self.counts += counts
+        self.sums += sums.cpu()
+        config, world = self.config, self.world
+        if step % config.train.logging_steps and step != self.num_steps and step != 1:
+            return
+        sums, now = world.sum(self.sums.to(world.device)).cpu(), time.monotonic()
+        values = summarise(self.counts, sums, config.loss)
+        tokens = sums[SUMS.index("tokens")].item()
+        values |= {
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "epoch": step / order.steps_per_epoch,
+            "pairs_per_second": self.counts[0].item() / (now - self.window_start),
+            "tokens_per_second": tokens / (now - self.window_start),
+        }
+        self.write(step, values)
+        eta = (now - self.start) / step * (self.num_steps - step)
+        logger.info(
+            "train %d/%d: loss %.4f (sup %.4f, dist %.4f, mcl %.4f), %.0f pairs/s, ETA %d:%02d",
+            step,
+            self.num_steps,
+            values["loss"],
+            values["loss_sup"],
+            values["loss_dist"],
+            values["loss_mcl"],
+            values["pairs_per_second"],
+            *divmod(round(eta), 60),
+        )
+        if step == 1:
+            self._say_kept(values)
+        self.num_truncated += sums[SUMS.index("truncated")].item()
+        self.num_pairs += self.counts[0].item()
+        self.counts.zero_()
+        self.sums.zero_()
+        self.window_start = now
+
+    def _say_kept(self, values: dict[str, float]) -> None:
+        kept = {kind: values[f"kept_{kind}"] for kind in ("positives", "negatives", "off_diagonal")}
+        shares = "%.0f %% of positives, %.0f %% of labelled, %.0f %% of off-diagonal negatives"
+        logger.info(f"step 1: the noise filter keeps {shares}", *(100 * share for share in kept.values()))
+        if min(kept.values()) < 0.05:
+            logger.warning("warning: under 5 %% of a kind is kept: `flipkd score` suggests another loss.threshold")
+
+    def say_truncated(self) -> None:
+        if self.num_truncated:
+            logger.warning(
+                "%d of %d pairs that were trained on had been cut to data.max_length = %d tokens",
+                self.num_truncated, self.num_pairs, self.config.data.max_length,
+            )  # fmt: skip
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        if self.world.is_main:
+            values = {key: value for key, value in values.items() if value is not None}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.tracker.metrics(values, step)
+
+    def check_first_update(self, state: dict[str, torch.Tensor]) -> None:
+        """After the first update LoRA-B must have left zero somewhere, or the run would end with an empty adapter."""
+        moved = [bool(value.any()) for name, value in state.items() if ".lora_B." in name]
+        norm = math.sqrt(sum(value.square().sum().item() for name, value in state.items() if ".lora_B." in name))
+        self.write(1, {"lora_b_norm": norm, "lora_b_moved_share": sum(moved) / len(moved)})
+        if not any(moved):
+            raise RuntimeError("no LoRA-B tensor moved in the first update: gradients do not reach the adapter")
