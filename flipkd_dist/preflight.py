@@ -22,6 +22,7 @@ from flipkd_dist.student import (
     attention_targets,
     check_base,
     check_parts,
+    default_encoder,
     last_encoder,
     load_tokenizer,
     shares_prefix,
@@ -89,7 +90,7 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig) -> Non
             raise UserError(
                 f"student.lora_target_modules: {targets} do not fit ({one_line(error)}): name linear layers"
             ) from None
-    last_encoder(model, settings.encoder_module or targets[0])
+    last_encoder(model, settings.encoder_module or default_encoder(targets))
 
 
 def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:

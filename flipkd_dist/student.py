@@ -115,6 +115,11 @@ def last_encoder(model: nn.Module, encoder_module: str) -> str:
     return max(found)[1]
 
 
+def default_encoder(targets: list[str]) -> str:
+    """The query projection where it has LoRA, else the first module named (the fused one)."""
+    return "q_proj" if "q_proj" in targets else targets[0]
+
+
 def attention_targets(model: nn.Module) -> list[str]:
     """The attention projections that get LoRA: the fused one, or q, k, v and o."""
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -255,7 +260,10 @@ def load_student(
     except ValueError as error:
         raise UserError(f"student.lora_target_modules: {targets} do not fit ({one_line(error)})") from None
     student = Student(
-        model, rows.to(dtype), None if bias is None else bias.to(dtype), settings.encoder_module or targets[0]
+        model,
+        rows.to(dtype),
+        None if bias is None else bias.to(dtype),
+        settings.encoder_module or default_encoder(targets),
     )
     initialise_lora(student, seed)
     return student

@@ -152,3 +152,10 @@ def test_each_rank_holds_half_of_the_base(folder):
     for held, whole, live in [rank["base"] for rank in run_gang(2, train, folder, pair_table(14), 3, 8)]:
         assert live == 0  # nothing is whole on any rank
         assert whole / 2 <= held <= whole / 2 + 100  # each tensor is padded to an even number of elements
+
+
+def test_no_extension_is_built(folder, tmp_path, monkeypatch):
+    """DeepSpeed's shared-memory op needs a C++ compiler and 90 seconds; nothing of the kind may be built."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    run_gang(2, train, folder, pair_table(14), 3, 8)
+    assert not list(tmp_path.iterdir())
