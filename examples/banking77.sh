@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Usage: examples/banking77.sh FOLDER [key=value ...]; FOLDER holds train.csv and test.csv of Banking77.
+# With flipkd on the path (. .venv/bin/activate). Usage: examples/banking77.sh FOLDER [key=value ...]; FOLDER holds train.csv and test.csv of Banking77.
 set -euo pipefail
 folder=$1; shift
 data=runs/banking77-data

@@ -1,5 +1,6 @@
 """Scores of labelled pairs, sharded over ranks, and the metrics table: student, read-out, teacher, token overlap."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from flipkd_dist.pairs import PairTable
 from flipkd_dist.student import Student
 from flipkd_dist.world import World
 
+logger = logging.getLogger("flipkd_dist")
 ROWS = ("student", "student_readout", "teacher", "token_overlap")
 
 
@@ -46,17 +48,22 @@ def student_scores(
     most = max(share.stop - share.start for share in shares)
     was_training = student.training
     student.eval()
-    found = [np.zeros((0, 2))]
+    found, num_truncated = [np.zeros((0, 2))], 0
     for at in tqdm(
         range(0, most, batch_size), description, unit="batch", disable=None if world.is_main else True, leave=False
     ):
         batch = own[at : at + batch_size]
-        logits, readout_a, readout_b = forward(**make_batch(batch).tensors(world.device))
+        packed = make_batch(batch)
+        logits, readout_a, readout_b = forward(**packed.tensors(world.device))
         p_match = torch.softmax(logits.double(), dim=1)[:, 0]
         cosine = torch.cosine_similarity(readout_a.double(), readout_b.double(), dim=1)
         found.append(torch.stack([p_match, cosine], dim=1)[: len(batch)].cpu().numpy())
+        num_truncated += packed.num_truncated
     student.train(was_training)
-    scores = np.concatenate(world.gather_object(np.concatenate(found)))
+    parts, cuts = zip(*world.gather_object((np.concatenate(found), num_truncated)), strict=True)
+    if sum(cuts):
+        logger.warning("%s: %d of %d pairs were cut to the maximum length", description, sum(cuts), len(texts))
+    scores = np.concatenate(parts)
     return scores[:, 0], scores[:, 1]
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 ARCCOS_EPS = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def _at_least_fp32(values: Tensor) -> Tensor:
+def at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -24,7 +24,7 @@ def _angle(cosine: Tensor) -> Tensor:
 
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
     """Cosines between the rows of `a` [m, r] and of `b` [n, r]: [m, n], fp32 (float64 stays). FlipKD, Eq 2."""
-    a, b = _at_least_fp32(a), _at_least_fp32(b)
+    a, b = at_least_fp32(a), at_least_fp32(b)
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
@@ -36,7 +36,7 @@ def supervised_sum(answer_logits: Tensor, labels: Tensor) -> Tensor:
         labels: [m] int64, 1 = match.
     Source: FlipKD, section 3 (L_sup).
     """
-    return F.cross_entropy(_at_least_fp32(answer_logits), 1 - labels, reduction="sum")
+    return F.cross_entropy(at_least_fp32(answer_logits), 1 - labels, reduction="sum")
 
 
 def noise_filter(teacher_similarity: Tensor, match: Tensor, threshold: float | None) -> Tensor:

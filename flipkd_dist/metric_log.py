@@ -64,20 +64,22 @@ class MetricLog:
             values["pairs_per_second"],
             *divmod(round(eta), 60),
         )
-        if step == 1:
-            self._say_kept(values)
+        if step == 1 and config.loss.threshold is not None:
+            self._say_kept(dict(zip(SUMS, sums.tolist(), strict=True)))
         self.num_truncated += sums[SUMS.index("truncated")].item()
         self.num_pairs += self.counts[0].item()
         self.counts.zero_()
         self.sums.zero_()
         self.window_start = now
 
-    def _say_kept(self, values: dict[str, float]) -> None:
-        kept = {kind: values[f"kept_{kind}"] for kind in ("positives", "negatives", "off_diagonal")}
-        shares = "%.0f %% of positives, %.0f %% of labelled, %.0f %% of off-diagonal negatives"
-        logger.info(f"step 1: the noise filter keeps {shares}", *(100 * share for share in kept.values()))
-        if min(kept.values()) < 0.05:
-            logger.warning("warning: under 5 %% of a kind is kept: `flipkd score` suggests another loss.threshold")
+    def _say_kept(self, sums: dict[str, float]) -> None:
+        kinds = {"positives": "match", "negatives": "mismatch", "off_diagonal": "off_diagonal"}
+        for kind, whole in kinds.items():
+            kept, there = sums[f"kept_{kind}"], sums[f"num_{whole}"]
+            if there:
+                logger.info("step 1: the noise filter keeps %.0f %% of %s", 100 * kept / there, kind.replace("_", "-"))
+            if there and kept < 0.05 * there:
+                logger.warning("warning: under 5 %% of %s: `flipkd score` suggests another loss.threshold", kind)
 
     def say_truncated(self) -> None:
         if self.num_truncated:

@@ -16,7 +16,7 @@ from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import digest, read_json, write_json
 from flipkd_dist.score import filter_shares, report, score
-from flipkd_dist.tracking import RunLogger, start_run, tracking_uri
+from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 
 logger = logging.getLogger("flipkd_dist")
@@ -131,7 +131,7 @@ class Pipeline:
             return
         start = time.monotonic()
         pairs = self.inputs.splits.get("validation") or self.inputs.splits["train"]
-        run_id = (read_json(self.folder.path / "mlflow.json") or {}).get("run_id")
+        run_id = (read_json(self.folder.path / RUN_FILE) or {}).get("run_id")
         if run_id is None:
             raise UserError(
                 f"{self.folder.path}: mlflow.json is missing: run `flipkd train` with this configuration first"
@@ -149,7 +149,7 @@ class Pipeline:
 
     def mlflow_run(self) -> str:
         """The MLflow run of this training; a training that was interrupted goes on in its own."""
-        path = self.folder.path / "mlflow.json"
+        path = self.folder.path / RUN_FILE
         known = read_json(path) or {}
         if known.get("training") == self.trained and known.get("uri") == tracking_uri(self.config):
             return known["run_id"]
@@ -159,7 +159,7 @@ class Pipeline:
 
     def _report_evaluation(self) -> None:
         self.folder.mark_done("evaluate", self.evaluated)
-        run_id = (read_json(self.folder.path / "mlflow.json") or {}).get("run_id")
+        run_id = (read_json(self.folder.path / RUN_FILE) or {}).get("run_id")
         tracker = RunLogger(tracking_uri(self.config), run_id)
         metrics = read_json(self.folder.metrics)
         tracker.metrics(
@@ -179,7 +179,10 @@ class Pipeline:
         """The metrics as text: test where there are test pairs, else validation."""
         metrics = read_json(self.folder.metrics) or {}
         tables = {name: table for name, table in metrics.items() if isinstance(table, dict)}
-        return format_table({name: table for name, table in tables.items() if name.startswith("test")} or tables)
+        text = format_table({name: table for name, table in tables.items() if name.startswith("test")} or tables)
+        if "validation" not in tables:
+            text += "\nthresholds are 0.5: there are no validation pairs to choose them on"
+        return text
 
     def complete(self, stage: str, inputs: str) -> bool:
         if self.folder.done(stage, inputs):
@@ -197,10 +200,13 @@ def train_here(config: RunConfig) -> None:
     Raises:
         UserError: the teacher's store lacks texts.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))  # the launcher's word counts, not the configuration's
-    config = config.model_copy(
-        update={"distributed": config.distributed.model_copy(update={"num_workers": world_size})}
-    )
+    started, configured = int(os.environ.get("WORLD_SIZE", 1)), config.distributed.num_workers
+    if started != configured:
+        raise UserError(
+            f"distributed.num_workers: it says {configured}, the launcher started {started} processes: make them equal"
+        )
+    if started > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR: not set by the launcher: export MASTER_ADDR and MASTER_PORT of the first host")
     pipeline = Pipeline(config, on_ray=False)
     if not pipeline.inputs.store.is_complete(pipeline.inputs.texts):
         raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
@@ -209,7 +215,13 @@ def train_here(config: RunConfig) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         train(pipeline.config)
         return
+    pipeline.folder.open()
     run_id = pipeline.mlflow_run()
-    train(pipeline.config, run_id)
+    tracker = RunLogger(tracking_uri(pipeline.config), run_id)
+    try:
+        train(pipeline.config, run_id)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
     pipeline.folder.mark_done("train", pipeline.trained)
-    RunLogger(tracking_uri(pipeline.config), run_id).finish()
+    tracker.finish()

@@ -1,6 +1,8 @@
 """The verb `predict`: a file of pairs in, the same records with p(match) out."""
 
 import os
+import re
+import tempfile
 from pathlib import Path
 
 from flipkd_dist.errors import UserError
@@ -36,10 +38,11 @@ def predict_file(
     if not pairs:
         raise UserError(f"--input {source}: no pairs in it: name a file that has some")
     if model.startswith("models:/"):
-        folder = download_adapter(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(), model)
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(model)
+        with tempfile.TemporaryDirectory(prefix="flipkd-") as folder:
+            matcher = Matcher(download_adapter(uri, model, folder), base_model)
     else:
-        folder = adapter_folder(model)
-    matcher = Matcher(folder, base_model)
+        matcher = Matcher(adapter_folder(model), base_model)
     p_match, similarity = matcher.predict([texts for _, texts in pairs], batch_size)
     write_records(
         {
@@ -52,9 +55,12 @@ def predict_file(
     return len(pairs)
 
 
-def local_tracking_uri() -> str:
-    """The only `runs/*/mlflow.db` there is."""
-    found = sorted(Path("runs").glob("*/mlflow.db"))
+def local_tracking_uri(model: str) -> str:
+    """The `mlflow.db` of the run that the registered model is named after, else the only one under `runs/`."""
+    name = re.split("[/@]", model.removeprefix("models:/"))[0]
+    found = [path for path in [Path("runs") / name / "mlflow.db"] if path.exists()] or sorted(
+        Path("runs").glob("*/mlflow.db")
+    )
     if len(found) != 1:
         raise UserError(
             f"--tracking-uri: which MLflow? {len(found)} of runs/*/mlflow.db found here: "

@@ -1,7 +1,6 @@
 """A verified adapter into the MLflow registry, and registered versions back out."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import format_table
 from flipkd_dist.predict import Matcher
 from flipkd_dist.run_folder import read_json, write_whole
-from flipkd_dist.tracking import load_registered, log_pyfunc, point_alias
+from flipkd_dist.tracking import download_model, load_registered, log_pyfunc, point_alias
 
 logger = logging.getLogger("flipkd_dist")
 TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
@@ -80,13 +79,13 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     return name, version
 
 
-def download_adapter(uri: str, model: str) -> Path:
-    """The adapter folder of a registered `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-    from flipkd_dist.tracking import download_model
-
+def download_adapter(uri: str, model: str, target: str) -> Path:
+    """The adapter folder of a registered `models:/NAME@ALIAS` or `models:/NAME/VERSION`, downloaded into `target`."""
     try:
-        folder = download_model(uri, model, tempfile.mkdtemp(prefix="flipkd-model-"))
+        folder = download_model(uri, model, target)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{model}: not found at {uri} ({reason}): set MLFLOW_TRACKING_URI or --tracking-uri") from None
-    return next(path.parent for path in Path(folder).rglob("flipkd.json"))
+    for path in Path(folder).rglob("flipkd.json"):
+        return path.parent
+    raise UserError(f"{model}: no adapter of flipkd in this registered model: name one that `flipkd register` made")

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.losses import at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.packing import ComputeCost
 
@@ -74,9 +75,11 @@ class Student(nn.Module):
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
         answers = hidden.flatten(0, 1)[answer_positions]
-        logits = nn.functional.linear(answers, self.answer_rows, self.answer_bias)
+        # In fp32 at least: rounded to bf16, logits of 16 to 32 would be 0.125 apart.
+        bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
+        logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
         readouts = self.segment_means(captured[0], segments, len(answer_positions))
-        return logits.float(), readouts[0::2], readouts[1::2]
+        return logits, readouts[0::2], readouts[1::2]
 
     @staticmethod
     def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:

@@ -54,8 +54,9 @@ def start_run(config: RunConfig) -> str:
     mlflow_client = client(uri)
     experiment = mlflow_client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        local = uri.startswith("sqlite:")
-        location = (config.run_dir / "mlartifacts").resolve().as_uri() if local else None
+        # A named store keeps its own place for artifacts; the one in the run folder has them beside it.
+        database = Path(uri.removeprefix("sqlite:///"))
+        location = (database.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
         experiment_id = mlflow_client.create_experiment(config.tracking.experiment, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id

@@ -41,7 +41,6 @@ from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 NUM_PROBES = 64  # pairs among which the adapter's probe is chosen
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of p(match)
 
 
 @dataclass
@@ -189,6 +188,7 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: n
         answers=config.student.answers,
         encoder_module=student.encoder_module,
         attn_implementation=config.student.attn_implementation,
+        dtype=str(bench.dtype).removeprefix("torch."),
         max_length=config.data.max_length,
         threshold=manifest["threshold"],
         step=manifest["step"],
@@ -212,7 +212,7 @@ def evaluate(config: RunConfig) -> None:
     card = AdapterCard.read(folder / "adapter")
     bench = build(config, folder / "adapter" / WEIGHTS)
     [p_match], _ = bench.scores([(card.probe.text_a, card.probe.text_b)], "probe")
-    check_probe(p_match, card.probe, PROBE_TOLERANCE[bench.dtype])
+    check_probe(p_match, card, bench.dtype)
     rows = {}
     for split in ("validation", "test"):
         pairs = bench.inputs.splits.get(split)

@@ -1,6 +1,7 @@
 """`deepspeed --num_gpus N launchers/deepspeed_train.py CONFIG [key=value ...]`; also under torchrun, and under srun.
 
-Every process runs this file and ends in the same `train` as `flipkd train`. The teacher's store has to be there:
+`distributed.num_workers` must be the number of processes; under srun export MASTER_ADDR and MASTER_PORT. Every process
+runs this file and ends in the same `train` as `flipkd train`. The teacher's store has to be there:
 `flipkd score CONFIG` fills it.
 """
 
