@@ -99,7 +99,10 @@ def copy(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
 def test_loading_is_silent(copy, capfd, monkeypatch):
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)  # whatever the environment says
+    # Whatever the environment and earlier tests say.
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()
     path = copy / "model.safetensors"
     weights = {name: value for name, value in load_file(path).items() if "pooler" not in name}
     save_file(weights | {"cls.predictions.bias": torch.ones(3)}, path, {"format": "pt"})
@@ -120,6 +123,7 @@ def test_loading_is_silent(copy, capfd, monkeypatch):
         assert not transformers.utils.logging.is_progress_bar_enabled()  # nor does it undo a choice
     finally:
         logger.removeHandler(handler)
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def test_a_missing_pooler_does_not_matter(copy, folder):
