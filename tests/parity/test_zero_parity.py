@@ -12,9 +12,11 @@ from gang import run_gang
 from tiny import WORDS, pair_table, save_student, unit_vectors
 from zero import SGD, start_engine
 
+from flipkd_dist import batches
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import LossConfig
 from flipkd_dist.order import Order
+from flipkd_dist.packing import _balance
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.step import TrainingStep, summarise
 from flipkd_dist.world import World
@@ -129,6 +131,23 @@ def test_ranks_with_one_and_several_packs(folder):
     _, ranks = compare(folder, long_and_short_pairs(), 3, 2, 8)
     packs = [rank["packs"][0][0] for rank in ranks]
     assert packs[0] != packs[1], packs
+
+
+def train_with_forced_packs(folder, pairs, stage, contrast_batch, **options):
+    """As `train`, but the second rank lays its pairs out in five rows and every other in one."""
+    count = 5 if World.current().rank == 1 else 1
+    batches.plan_rows = lambda lengths, *_: _balance(lengths, min(count, len(lengths)))  # in this forked process alone
+    return train(folder, pairs, stage, contrast_batch, **options)
+
+
+def test_ranks_with_one_and_five_packs(folder):
+    pairs = pair_table(14)
+    [expected] = run_gang(1, train, folder, pairs, 0, 10)
+    ranks = run_gang(2, train_with_forced_packs, folder, pairs, 3, 10)
+    assert [rank["packs"][0][0] for rank in ranks] == [1, 5]
+    for found in ranks:
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=TOLERANCE)
+        assert difference(found["weights"], expected["weights"]) < TOLERANCE
 
 
 def test_a_rank_without_pairs_and_one_without_anchors(folder):
