@@ -32,7 +32,11 @@ def client(uri: str):
     import mlflow
 
     quiet_others()  # importing mlflow sets its own levels
-    mlflow.set_tracking_uri(uri)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)  # writes the variable, which the next run of this process would take for the user's
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if named is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = named
     mlflow.set_registry_uri(uri)
     return mlflow.MlflowClient(uri, uri)
 
