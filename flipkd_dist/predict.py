@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe, load_weights
+from flipkd_dist.base import load_tokenizer, shares_prefix
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -13,7 +14,7 @@ from flipkd_dist.evaluate import student_scores
 from flipkd_dist.model_files import fingerprint, resolve_model
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import read_json
-from flipkd_dist.student import load_student, load_tokenizer, shares_prefix
+from flipkd_dist.student import load_student
 from flipkd_dist.world import World
 
 

@@ -9,6 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from flipkd_dist.base import (
+    attention_implementation,
+    attention_targets,
+    check_base,
+    check_parts,
+    load_tokenizer,
+    shares_prefix,
+)
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.errors import UserError
@@ -17,16 +25,7 @@ from flipkd_dist.pairs import PairTable, read_pairs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
 from flipkd_dist.store import Store, StoreSpec
-from flipkd_dist.student import (
-    attention_implementation,
-    attention_targets,
-    check_base,
-    check_parts,
-    default_encoder,
-    last_encoder,
-    load_tokenizer,
-    shares_prefix,
-)
+from flipkd_dist.student import default_encoder, last_encoder
 from flipkd_dist.teacher import Teacher, teacher_hidden_size
 
 SPLITS = ("train", "validation", "test")

@@ -1,7 +1,6 @@
 """The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer's LoRA-A."""
 
 import hashlib
-import inspect
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,11 +9,11 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM
 
+from flipkd_dist.base import attention_implementation, attention_targets, check_base, check_parts, output_rows
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.losses import at_least_fp32
@@ -22,11 +21,6 @@ from flipkd_dist.model_files import one_line
 from flipkd_dist.packing import ComputeCost
 
 LORA_A_STD = 0.01  # FlipKD, section 4
-FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
-SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MASKABLE_ATTENTION = ("sdpa", "eager")
-# Settings that change the logits beyond a product with the output matrix.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 # Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
 ATTENTION_SLOWDOWN = 3.0
 
@@ -123,85 +117,6 @@ def default_encoder(targets: list[str]) -> str:
     return "q_proj" if "q_proj" in targets else targets[0]
 
 
-def attention_targets(model: nn.Module) -> list[str]:
-    """The attention projections that get LoRA: the fused one, or q, k, v and o."""
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for fused in FUSED_PROJECTIONS:
-        if fused in leaves:
-            return [fused]
-    if set(SPLIT_PROJECTIONS) <= leaves:
-        return list(SPLIT_PROJECTIONS)
-    raise UserError(
-        f"student.lora_target_modules: neither {', '.join(SPLIT_PROJECTIONS)} nor a fused projection found in "
-        f"{type(model).__name__}: name the attention's modules"
-    )
-
-
-def check_base(folder: Path, settings: StudentConfig):
-    """The base's configuration, or a UserError that says why it cannot be a student; loads no weights."""
-    name = settings.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly anything here
-        raise UserError(
-            f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
-        ) from None
-    text_only = config.get_text_config() is config
-    if not text_only or config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise UserError(
-            f"student.model_name_or_path: {name} ({config.model_type}) is not a causal LM of text: take one"
-        )
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"student.model_name_or_path: {name} is quantised already: take the original weights")
-    for key in LOGIT_TRANSFORMS:
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"student.model_name_or_path: {name} sets {key}, which two-row logits leave out: take another"
-            )
-    return config
-
-
-def attention_implementation(settings: StudentConfig) -> str:
-    """sdpa unless named; an implementation that cannot take the mask of packed rows is refused."""
-    if settings.attn_implementation == "auto":
-        return "sdpa"
-    if settings.attn_implementation not in MASKABLE_ATTENTION:
-        raise UserError(
-            f"student.attn_implementation: {settings.attn_implementation} cannot take the mask of packed rows: "
-            f"take one of auto, {', '.join(MASKABLE_ATTENTION)}"
-        )
-    return settings.attn_implementation
-
-
-def check_parts(model: nn.Module, name: str) -> None:
-    """Two-row logits and packed rows need a body that takes positions, and nothing behind it but the output matrix."""
-    known = {model.base_model, model.get_output_embeddings()}
-    if set(model.children()) - known or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise UserError(
-            f"student.model_name_or_path: {name} ({type(model).__name__}) takes no position_ids or has layers between "
-            "its body and its output matrix: take another"
-        )
-
-
-def shares_prefix(config, max_length: int) -> bool:
-    """Whether packed rows are exact: attention alone, no biases by distance in the row, no window that cuts."""
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other_layers or getattr(config, "alibi", False):
-        return False
-    window = getattr(config, "sliding_window", None)
-    uses_window = getattr(config, "use_sliding_window", window is not None)
-    return not (uses_window and window and window < max_length)
-
-
-def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise nearly anything here
-        raise UserError(
-            f"{key}: the tokenizer in {folder} cannot be loaded ({one_line(error)}): save it beside the weights"
-        ) from None
-
-
 def load_student(
     folder: Path,
     settings: StudentConfig,
@@ -282,28 +197,3 @@ def initialise_lora(student: Student, seed: int) -> None:
             parameter.data.copy_(values)
         else:
             parameter.data.zero_()
-
-
-def output_rows(model: nn.Module, folder: Path, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-    """Rows [2, hidden] and bias [2] of the output matrix, read from the files: its parameter may be partitioned."""
-    head = model.get_output_embeddings()
-    # A tied matrix has several names, of which the files hold one.
-    weight_names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
-    head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-    # Files may leave out the body's prefix (GPT-2) or keep a name of old (GPT-NeoX), which transformers maps.
-    stored_names = [name.removeprefix(f"{model.base_model_prefix}.") for name in weight_names]
-    stored_names += ["embed_out.weight"] if head_name == "lm_head" else []
-    weight = _read_rows(folder, [*weight_names, *stored_names], rows)
-    if weight is None:
-        raise UserError(f"student.model_name_or_path: no tensor {' or '.join(weight_names)} in {folder}: not supported")
-    return weight, _read_rows(folder, [f"{head_name}.bias"], rows) if getattr(head, "bias", None) is not None else None
-
-
-def _read_rows(folder: Path, names: list[str], rows: list[int]) -> Tensor | None:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in names:
-                if name in tensors.keys():  # noqa: SIM118, this is no dictionary
-                    matrix = tensors.get_slice(name)
-                    return torch.stack([matrix[row : row + 1][0] for row in rows])
-    return None

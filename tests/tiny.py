@@ -18,10 +18,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from flipkd_dist.base import load_tokenizer
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.prompt import PairEncoder
-from flipkd_dist.student import Student, load_student, load_tokenizer
+from flipkd_dist.student import Student, load_student
 
 WORDS = [
     "card",

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from flipkd_dist.adapter import AdapterCard, Probe
+from flipkd_dist.base import load_tokenizer
 from flipkd_dist.prompt import PairEncoder
-from flipkd_dist.student import load_tokenizer
 
 CARD = AdapterCard(
     base_model="tiny",

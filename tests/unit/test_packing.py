@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import CAUSAL, save_student, sentences, started_student
 
+from flipkd_dist.base import shares_prefix
 from flipkd_dist.packing import ComputeCost, pack, plan_rows
 from flipkd_dist.prompt import EncodedPair
-from flipkd_dist.student import shares_prefix
 
 COST = ComputeCost(linear=1000.0, attention=1.0)
 

@@ -15,9 +15,10 @@ from transformers import (
     T5Config,
 )
 
+from flipkd_dist.base import check_base, shares_prefix
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.student import check_base, load_student, shares_prefix
+from flipkd_dist.student import load_student
 
 
 def refused(folder, config, match):

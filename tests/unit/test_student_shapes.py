@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import SHAPE, save_student, started_student
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Phi3Config, PhiConfig, Qwen2Config
 
+from flipkd_dist.base import attention_targets
 from flipkd_dist.errors import UserError
 from flipkd_dist.packing import pack
-from flipkd_dist.student import attention_targets
 
 FUSED = {
     "phi3": (
