@@ -1,47 +1,177 @@
-"""Candidates for the adapter: LoRA weights of a validated step, complete (manifest, by rename) or absent."""
+"""Checkpoints: LoRA weights, Adam moments and RNG as slices of every rank, complete (manifest, by rename) or absent.
 
+A slice is a range of a tensor's flattened elements. Which rank wrote it does not matter to a reader: another number of
+ranks, or another ZeRO stage, reads other ranges of the same tensors.
+"""
+
+import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flipkd_dist.adapter import WEIGHTS, peft_name
 from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.slices import KINDS, Slice
+from flipkd_dist.world import World
 
+logger = logging.getLogger("flipkd_dist")
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
-    """Write `folder/step-000100/`; a kill leaves it whole or not there."""
-    target = folder / f"step-{step:06d}"
-    draft = folder / f".step-{step:06d}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({peft_name(name): value.contiguous() for name, value in state.items()}, draft / WEIGHTS)
-    write_json(draft / MANIFEST, {"step": step, **manifest})
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
-    return target
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest["step"]
+
+    @property
+    def merit(self) -> tuple[float, int]:
+        """The greater the better: the validation score, then the step; the step alone where nothing was validated."""
+        return (self.manifest["score"] or 0.0, self.step)
+
+    def read(self, wanted: dict[str, tuple[int, int]], kinds: tuple[str, ...] = KINDS) -> dict[str, dict[str, Tensor]]:
+        """Elements [start, stop) of each wanted tensor, by parameter name and kind, fp32 and flat.
+
+        Opens only files that hold some of them.
+
+        Raises:
+            RuntimeError: the tensors are not those of this student.
+        """
+        if missing := wanted.keys() - self.manifest["shapes"].keys():
+            raise RuntimeError(f"{self.path}: {min(missing)} is missing: the checkpoint belongs to another student")
+        values = {name: {kind: torch.empty(stop - start) for kind in kinds} for name, (start, stop) in wanted.items()}
+        filled = dict.fromkeys(wanted, 0)
+        for file, entry in self.manifest["files"].items():
+            common = {
+                name: (max(wanted[name][0], start), min(wanted[name][1], stop))
+                for name, (start, stop) in entry["slices"].items()
+                if name in wanted
+            }
+            common = {name: (first, last) for name, (first, last) in common.items() if first < last}
+            if not common:
+                continue
+            with safe_open(self.path / file, framework="pt") as tensors:
+                for name, (first, last) in common.items():
+                    stored, start = entry["slices"][name][0], wanted[name][0]
+                    filled[name] += last - first
+                    for kind in kinds:
+                        part = tensors.get_slice(f"{kind}/{name}")[first - stored : last - stored]
+                        values[name][kind][first - start : last - start] = part
+        for name, (start, stop) in wanted.items():
+            if filled[name] != stop - start:
+                raise RuntimeError(f"{self.path}: {name} is not whole: remove this checkpoint")
+        return values
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every LoRA tensor whole, by parameter name."""
+        shapes = {name: torch.Size(shape) for name, shape in self.manifest["shapes"].items()}
+        found = self.read({name: (0, shape.numel()) for name, shape in shapes.items()}, ("weight",))
+        return {name: found[name]["weight"].view(shape) for name, shape in shapes.items()}
+
+    def random_state(self, rank: int, kind: str) -> Tensor | None:
+        """The state of the generator `kind` (`cpu`, `cuda`) of a rank, uint8."""
+        with safe_open(self.path / file_of_rank(rank), framework="pt") as tensors:
+            name = f"random/{kind}"
+            return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118, no dictionary
+
+    def flaw(self) -> str | None:
+        """Why the checkpoint cannot be used, or None."""
+        if not isinstance(self.manifest, dict) or self.manifest.get("format_version") != FORMAT_VERSION:
+            return f"{MANIFEST} is damaged or of another version"
+        for file, entry in self.manifest["files"].items():
+            size = (self.path / file).stat().st_size if (self.path / file).is_file() else 0
+            if size != entry["bytes"]:
+                return f"{file} has {size} of {entry['bytes']} bytes"
+            try:
+                with safe_open(self.path / file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return f"{file} is damaged"
+        return None
 
 
-def checkpoints(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Complete checkpoints with their manifests, oldest first."""
-    found = [(path, read_json(path / MANIFEST)) for path in folder.glob("step-*")]
-    complete = [(path, manifest) for path, manifest in found if manifest and (path / WEIGHTS).exists()]
-    return sorted(complete, key=lambda entry: entry[1]["step"])
+def file_of_rank(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The best validation score, the later one of equals; the last checkpoint where nothing was validated."""
-    return max(checkpoints(folder), key=lambda found: (found[1]["score"] or 0.0, found[1]["step"]))
+def save_checkpoint(
+    folder: Path, step: int, slices: dict[str, Slice], random: dict[str, Tensor], manifest: dict[str, Any], world: World
+) -> None:
+    """Write `folder/step-000100/`, each rank its own file; a kill leaves it whole or not there. Every rank calls it.
+
+    Args:
+        slices: this rank's, by parameter name.
+        random: states of this rank's generators, by kind.
+        manifest: what rank 0 adds to the manifest; `shapes` of every tensor by name among it.
+    Raises:
+        RuntimeError: rank 0 does not see another rank's file.
+    """
+    target, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
+    if world.is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    world.barrier()
+    file = draft / file_of_rank(world.rank)
+    tensors = {
+        f"{kind}/{name}": value.detach().float().cpu().contiguous()
+        for name, part in slices.items()
+        for kind, value in part.values.items()
+    }
+    save_file(tensors | {f"random/{kind}": state for kind, state in random.items()}, file)
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+    ranges = {name: [part.start, part.stop] for name, part in slices.items()}
+    entries = world.gather_object({"bytes": file.stat().st_size, "slices": ranges})
+    if world.is_main:
+        files = {file_of_rank(rank): entry for rank, entry in enumerate(entries)}
+        if unseen := [name for name in files if not (draft / name).is_file()]:
+            raise RuntimeError(
+                f"{draft}: {unseen[0]} of another worker is not seen here: output_dir must lie on storage that every "
+                "worker reaches"
+            )
+        write_json(draft / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": files})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(draft, target)
+    world.barrier()  # no rank may end the job before the checkpoint is there
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` and the best."""
-    best, _ = best_checkpoint(folder)
-    for path, _ in checkpoints(folder)[:-count]:
-        if path != best:
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """All that look whole, oldest first."""
+    found = [Checkpoint(path, read_json(path / MANIFEST)) for path in folder.glob("step-*")]
+    return sorted((found for found in found if found.flaw() is None), key=lambda found: found.step)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The one to resume from; a newer one that is damaged is passed over with a warning."""
+    for path in sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+        found = Checkpoint(path, read_json(path / MANIFEST))
+        if (flaw := found.flaw()) is None:
+            return found
+        logger.warning("warning: %s is not resumed from: %s", path, flaw)
+    return None
+
+
+def best_checkpoint(folder: Path) -> Checkpoint:
+    """The best validation score, the later one of equals; the last one where nothing was validated."""
+    return max((found for found in checkpoints(folder) if found.manifest["probes"]), key=lambda c: c.merit)
+
+
+def keep_checkpoints(folder: Path, count: int) -> None:
+    """Remove all but the newest `count` and the `count` best of those that were validated."""
+    whole = checkpoints(folder)
+    scored = sorted((c for c in whole if c.manifest["score"] is not None), key=lambda c: c.merit)
+    kept = {found.path for found in (*whole[-count:], *scored[-count:])}
+    for path in folder.glob("step-*"):
+        if path not in kept:
             shutil.rmtree(path)

@@ -11,6 +11,7 @@ from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.run_folder import RunFolder
+from flipkd_dist.stop import handling, stop_at_once
 
 logger = logging.getLogger("flipkd_dist")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -203,7 +204,8 @@ def main() -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     debug = bool(os.environ.get("FLIPKD_DEBUG"))
     try:
-        cli(prog_name="flipkd", standalone_mode=False)
+        with handling(stop_at_once):
+            cli(prog_name="flipkd", standalone_mode=False)
     except click.ClickException as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "flipkd"
         sys.exit(_fail(f"{error.format_message().rstrip('.')}: see {command} --help", 2))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flipkd_dist.slices import Slice, put, set_step, slice_of
 from flipkd_dist.student import Student
 from flipkd_dist.world import World
 
@@ -37,6 +38,15 @@ class Engine(Protocol):
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole unclipped gradients between the last `backward` and `step`; every rank must call it."""
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole LoRA tensors, by parameter name."""
+
+    def slices(self) -> dict[str, Slice]:
+        """This rank's slices by parameter name; the slices of all ranks together are whole tensors."""
+
+    def restore(self, values: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Put weights and moments after `step` updates into this rank's slices; every rank must call it."""
 
     def close(self) -> None: ...
 
@@ -68,6 +78,19 @@ class PlainEngine:
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: parameter.grad.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self.parameters.items()}
+
+    def slices(self) -> dict[str, Slice]:
+        return {
+            name: slice_of(self.optimizer, parameter, 0, parameter.numel(), 0)
+            for name, parameter in self.parameters.items()
+        }
+
+    def restore(self, values: dict[str, dict[str, Tensor]], step: int) -> None:
+        put(self.slices(), values)
+        set_step(self.optimizer, step)
 
     def close(self) -> None: ...
 
@@ -113,6 +136,46 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad
 
         return {name: safe_get_full_grad(parameter).float().cpu() for name, parameter in self.parameters.items()}
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {
+            name: list(parameter.ds_shape if self.stage == 3 else parameter.shape)
+            for name, parameter in self.parameters.items()
+        }
+
+    def slices(self) -> dict[str, Slice]:
+        found = {name: self._slice(parameter) for name, parameter in self.parameters.items()}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def _slice(self, parameter: torch.nn.Parameter) -> Slice | None:
+        """Where the fp32 master weights of a parameter lie in this rank's flat partition, if any of them do."""
+        zero = self.engine.optimizer
+        if self.stage == 3:  # every tensor is divided evenly, padded at its end
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            share, start = parameter.ds_tensor.ds_numel, dist.get_rank() * parameter.ds_tensor.ds_numel
+            length = min(share, parameter.ds_numel - start)
+        else:  # the flat group of all tensors is divided evenly
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+            flat, offset = flats[mapping.param_group_index], mapping.hp_fragment_address.start
+            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        return slice_of(zero.optimizer, flat, offset, length, start) if length > 0 else None
+
+    def restore(self, values: dict[str, dict[str, Tensor]], step: int) -> None:
+        zero, slices = self.engine.optimizer, self.slices()
+        put(slices, values)
+        set_step(zero.optimizer, step)
+        if self.stage < 3:
+            zero.update_lp_params()  # the model's own copy of the weights
+            return
+        zero.checkpoint_event_prologue()  # small tensors stay whole between steps: partition them
+        for name, part in slices.items():
+            weight = part.values["weight"]
+            self.parameters[name].ds_tensor.data.narrow(0, 0, len(weight)).copy_(weight)
+        zero.checkpoint_event_epilogue()  # and gather them again
 
     def close(self) -> None:
         self.engine.destroy()

@@ -26,11 +26,36 @@ class MetricLog:
         self.config, self.world, self.path, self.num_steps = config, world, path, num_steps
         self.tracker = RunLogger(tracking_uri(config), mlflow_run_id if world.is_main else None)
         self.start = self.window_start = time.monotonic()
+        self.first = 0  # optimizer steps done before this process
         self.num_truncated = self.num_pairs = 0.0
         self.counts = torch.zeros(len(LOSSES), dtype=torch.float64)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        if world.is_main:
-            write_whole(path, "")
+
+    def begin(self) -> None:
+        """A training from its first step; points that an earlier attempt sent to MLflow are not sent again."""
+        self._keep_lines(0)
+        self.tracker.pass_over_known()
+
+    def resume(self, step: int, state: dict[str, list[float]]) -> None:
+        """Go on after `step`: lines beyond it are dropped, so that each step stands once."""
+        self._keep_lines(step)
+        self.tracker.pass_over_known()
+        self.first = step
+        self.counts = torch.tensor(state["counts"], dtype=torch.float64)
+        if self.world.is_main:  # they are summed over ranks already
+            self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.num_truncated, self.num_pairs = state["cut"]
+        self.start = self.window_start = time.monotonic()
+
+    def state(self) -> dict[str, list[float]]:
+        """What has been added since the last line, over all ranks; every rank must call it."""
+        sums = self.world.sum(self.sums.to(self.world.device)).tolist()
+        return {"counts": self.counts.tolist(), "sums": sums, "cut": [self.num_truncated, self.num_pairs]}
+
+    def _keep_lines(self, step: int) -> None:
+        if self.world.is_main:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            write_whole(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
     def add(
         self, step: int, counts: torch.Tensor, sums: torch.Tensor, grad_norm: float, rate: float, order: Order
@@ -52,7 +77,7 @@ class MetricLog:
             "tokens_per_second": tokens / (now - self.window_start),
         }
         self.write(step, values)
-        eta = (now - self.start) / step * (self.num_steps - step)
+        eta = (now - self.start) / (step - self.first) * (self.num_steps - step)
         logger.info(
             "train %d/%d: loss %.4f (sup %.4f, dist %.4f, mcl %.4f), %.0f pairs/s, ETA %d:%02d",
             step,
@@ -102,3 +127,11 @@ class MetricLog:
         self.write(1, {"lora_b_norm": norm, "lora_b_moved_share": sum(moved) / len(moved)})
         if not any(moved):
             raise RuntimeError("no LoRA-B tensor moved in the first update: gradients do not reach the adapter")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where a kill left half a line."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

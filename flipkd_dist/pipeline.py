@@ -3,19 +3,22 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from flipkd_dist.config import RunConfig
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
 from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import digest, read_json, write_json
 from flipkd_dist.score import filter_shares, report, score
+from flipkd_dist.stop import StopRequest
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 
@@ -100,17 +103,23 @@ class Pipeline:
             return
         run_id = self.mlflow_run() if "train" in stages else None
         tracker = RunLogger(tracking_uri(self.config), run_id)
-        try:
+        tracker.reopen()
+        with _told(tracker), self._stopping():
             run_workers(self.config, stages, run_id)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
         if "train" in stages:
             self.folder.mark_done("train", self.trained)
             tracker.finish()
         if "evaluate" in stages:
             self._report_evaluation()
         self._say(" and ".join(stages), start)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Signals to this process stop the workers."""
+        stop = StopRequest(self.folder.stop)
+        stop.forget()
+        with stop.listening():
+            yield
 
     def evaluate(self) -> None:
         if not self.scored_splits:
@@ -194,6 +203,16 @@ class Pipeline:
         logger.info("%s: done in %.0f s", stage, time.monotonic() - start)
 
 
+@contextmanager
+def _told(tracker: RunLogger) -> Iterator[None]:
+    """MLflow learns how a training ended that did not finish."""
+    try:
+        yield
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, StoppedOnRequest) else "FAILED")
+        raise
+
+
 def train_here(config: RunConfig) -> None:
     """Train in this process, one of those that `deepspeed`, torchrun or srun started; rank 0 is the driver too.
 
@@ -218,10 +237,9 @@ def train_here(config: RunConfig) -> None:
     pipeline.folder.open()
     run_id = pipeline.mlflow_run()
     tracker = RunLogger(tracking_uri(pipeline.config), run_id)
-    try:
+    tracker.reopen()
+    with _told(tracker):
+        StopRequest(pipeline.folder.stop).forget()
         train(pipeline.config, run_id)
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
     pipeline.folder.mark_done("train", pipeline.trained)
     tracker.finish()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.preflight import Inputs
 from flipkd_dist.score import score_shard
 
@@ -98,7 +98,8 @@ def map_on_actors(inputs: Inputs, shards: list[list[str]]) -> Iterator[int]:
 
 def _worker(work: dict[str, Any]) -> None:
     from flipkd_dist.console import set_up_logging
-    from flipkd_dist.train import evaluate, train
+    from flipkd_dist.evaluation import evaluate
+    from flipkd_dist.train import train
 
     set_up_logging()
     config = validate(work["config"], "the driver's configuration")
@@ -110,7 +111,7 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
     """Run `train` and/or `evaluate` on `distributed.num_workers` workers of one process group.
 
     Raises:
-        UserError: as raised in a worker.
+        UserError, StoppedOnRequest: as raised in a worker.
         RuntimeError: the first worker's failure, with its rank.
     """
     from ray.train import RunConfig as TrainRunConfig
@@ -140,8 +141,8 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
         rank, cause = next(iter(sorted(failures.items())))
         while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
             cause = cause.__cause__ or cause.cause
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from None
+        if isinstance(cause, UserError | StoppedOnRequest):
+            raise type(cause)(str(cause)) from None
         raise RuntimeError(
             f"worker of rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         ) from error

@@ -13,6 +13,7 @@ from flipkd_dist.errors import UserError
 
 # What decides the trained adapter; where the data lie and who tracks the run does not.
 DECISIVE = ("seed", "teacher", "student", "loss", "train")
+CONTRAST_BATCH = "train.per_device_train_batch_size x distributed.num_workers"
 NOT_DECISIVE = {
     "teacher": ("batch_size", "num_workers"),
     "train": ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "keep_checkpoints"),
@@ -50,9 +51,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
                 found[f"{section}.{key}".rstrip(".")] = setting
     found["data.max_length"] = config.data.max_length
     # The contrast batch is what counts, however it is divided.
-    found["train.per_device_train_batch_size x distributed.num_workers"] = (
-        config.train.per_device_train_batch_size * config.distributed.num_workers
-    )
+    found[CONTRAST_BATCH] = config.train.per_device_train_batch_size * config.distributed.num_workers
     return found
 
 
@@ -63,6 +62,7 @@ class RunFolder:
         self.config, self.path = config, config.run_dir
         self.teacher, self.adapter, self.checkpoints = (self.path / p for p in ("teacher", "adapter", "checkpoints"))
         self.metrics, self.metric_log = self.path / "metrics.json", self.path / "metrics.jsonl"
+        self.stop = self.path / "stop"  # asks a training to stop after its current step
 
     def check(self) -> None:
         """Refuse a folder that is not ours, holds another run, or cannot be written; writes nothing.
@@ -90,22 +90,23 @@ class RunFolder:
         changed = [key for key in now if before[key] != now[key]]
         if changed and (self.checkpoints.exists() or self.adapter.exists()):
             key = changed[0]
+            kept = "keep their product, " if key == CONTRAST_BATCH else ""
             raise UserError(
                 f"name: {self.path} holds a run with {key} = {before[key]!r}, now {now[key]!r}: "
-                "choose another name, or remove the folder"
+                f"{kept}choose another name, or remove the folder"
             )
 
     def check_trained(self, inputs: str) -> None:
-        """Refuse to replace a finished adapter; the settings are the same (`check`), so the data or models changed.
+        """Refuse to replace or to go on with what was trained on others; the settings are the same (`check`).
 
         Raises:
             UserError
         """
         done = (read_json(self.path / "stages.json") or {}).get("train")
-        if done not in (None, inputs):
+        begun = {(read_json(path) or {}).get("inputs") for path in self.checkpoints.glob("step-*/manifest.json")}
+        if {done, *begun} - {None, inputs}:
             raise UserError(
-                f"name: {self.path} holds an adapter of other training data or models: choose another name, "
-                "or remove the folder"
+                f"name: {self.path} holds a training on other data or models: choose another name, or remove the folder"
             )
 
     def require_adapter(self) -> None:

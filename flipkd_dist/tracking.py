@@ -76,6 +76,7 @@ class RunLogger:
 
     def __init__(self, uri: str, run_id: str | None):
         self.uri, self.run_id, self._client = uri, run_id, None
+        self._known: dict[str, int] = {}  # metric -> last step that MLflow has
 
     @contextmanager
     def _quietly(self, what: str) -> Iterator[Any]:
@@ -85,8 +86,17 @@ class RunLogger:
         except Exception as error:  # whatever the server does, training goes on: metrics.jsonl has it all
             logger.warning("mlflow: %s was not logged (%s)", what, " ".join(str(error).split())[:200])
 
+    def pass_over_known(self) -> None:
+        """Send no point again that MLflow has from before a resume; resuming is exact, so they are the same."""
+        if self.run_id is not None:
+            with self._quietly("the resume") as mlflow_client:
+                for key in mlflow_client.get_run(self.run_id).data.metrics:
+                    points = mlflow_client.get_metric_history(self.run_id, key)
+                    self._known[key] = max(point.step for point in points)
+
     def metrics(self, values: dict[str, float], step: int) -> None:
-        if self.run_id is None:
+        values = {key: value for key, value in values.items() if step > self._known.get(key, -1)}
+        if self.run_id is None or not values:
             return
         with self._quietly(f"step {step}") as mlflow_client:
             from mlflow.entities import Metric
@@ -100,6 +110,11 @@ class RunLogger:
         if self.run_id is not None:
             with self._quietly(path.name) as mlflow_client:
                 mlflow_client.log_artifact(self.run_id, str(path))
+
+    def reopen(self) -> None:
+        if self.run_id is not None:
+            with self._quietly("the resume") as mlflow_client:
+                mlflow_client.update_run(self.run_id, status="RUNNING")
 
     def finish(self, status: str = "FINISHED") -> None:
         if self.run_id is not None:

@@ -41,10 +41,14 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, in float64 and without gradient; every rank must call it."""
-        total = values.detach().double()
+        total = values.detach().double().clone()  # all_reduce writes into its argument
         if self.size > 1:
             dist.all_reduce(total)
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; every rank must call it."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def gather_rows(self, rows: Tensor, rows_per_rank: list[int]) -> Tensor:
         """Concatenate every rank's rows, with gradient: [m, d] -> [sum(rows_per_rank), d].

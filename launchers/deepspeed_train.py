@@ -11,7 +11,7 @@ import sys
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 
 
 def main() -> None:
@@ -38,6 +38,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"flipkd: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedOnRequest as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"flipkd: {error}", file=sys.stderr)
+        sys.exit(75)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -24,8 +25,12 @@ def _member(rank: int, size: int, store: str, function, arguments, queue) -> Non
         os._exit(0)  # no clean-up of the parent's state in the fork
 
 
-def run_gang(size: int, function, *arguments, timeout_s: int = 240) -> list:
-    """`function(*arguments)` in `size` processes of one process group; what each rank returned (numpy, not tensors)."""
+@contextmanager
+def gang(size: int, function, *arguments):
+    """`function(*arguments)` in `size` processes of one process group: the processes, and the queue of what they give.
+
+    The queue gets (rank, value or None, error or None); values are numpy, not tensors.
+    """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
@@ -38,14 +43,20 @@ def run_gang(size: int, function, *arguments, timeout_s: int = 240) -> list:
         for member in members:
             member.start()
         try:
-            results = {}
-            while len(results) < size:
-                rank, value, error = queue.get(timeout=timeout_s)
-                assert error is None, f"rank {rank} of {size}:\n{error}"
-                results[rank] = value
+            yield members, queue
         finally:
             for member in members:
                 member.join(timeout=5)
                 if member.is_alive():
                     member.kill()
-        return [results[rank] for rank in range(size)]
+
+
+def run_gang(size: int, function, *arguments, timeout_s: int = 240) -> list:
+    """What `function(*arguments)` returned on each rank."""
+    results = {}
+    with gang(size, function, *arguments) as (_, queue):
+        while len(results) < size:
+            rank, value, error = queue.get(timeout=timeout_s)
+            assert error is None, f"rank {rank} of {size}:\n{error}"
+            results[rank] = value
+    return [results[rank] for rank in range(size)]

@@ -1,0 +1,137 @@
+"""How far a training is: what a checkpoint remembers of it, when one is due, and how it goes on from one."""
+
+import logging
+import shutil
+from importlib.metadata import version
+
+import torch
+
+from flipkd_dist.checkpoint import Checkpoint, keep_checkpoints, newest_checkpoint, save_checkpoint
+from flipkd_dist.errors import UserError
+from flipkd_dist.evaluate import best_threshold, binary_metrics, hard_negatives, pair_texts
+from flipkd_dist.metric_log import MetricLog
+from flipkd_dist.order import Order
+from flipkd_dist.workbench import Workbench
+
+logger = logging.getLogger("flipkd_dist")
+NUM_PROBES = 64  # pairs among which the adapter's probe is chosen
+LIBRARIES = ("flipkd_dist", "torch", "transformers", "peft", "deepspeed")
+
+
+class Progress:
+    def __init__(self, bench: Workbench, order: Order, num_steps: int, log: MetricLog):
+        self.bench, self.order, self.num_steps, self.log = bench, order, num_steps, log
+        train, folder = bench.inputs.config.train, bench.inputs.folder
+        self.eval_steps = train.eval_steps or train.save_steps or order.steps_per_epoch
+        self.save_steps = train.save_steps or self.eval_steps
+        self.folder, self.keep = folder.checkpoints, train.keep_checkpoints
+        self.validation = bench.inputs.splits.get("validation")
+        self.probes = pair_texts(self.validation or bench.inputs.splits["train"])[:NUM_PROBES]
+        self.base_answers: list[float] = []  # p(match) of the probes by the base alone
+        self.inputs = bench.inputs.digest("train", "validation")
+
+    def resume(self) -> int:
+        """Go on from the newest complete checkpoint, or begin; optimizer steps done. Every rank calls it.
+
+        Raises:
+            UserError: the checkpoints belong to other inputs.
+        """
+        world = self.bench.world
+        found = newest_checkpoint(self.folder) if world.is_main else None
+        found = world.gather_object(found)[0]  # one answer for all: file systems may show different ones
+        if found is None:
+            if world.is_main:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            answers, _ = self.bench.scores(self.probes, "probe")  # B is zero: these are the base's own answers
+            self.base_answers = answers.tolist()
+            self.log.begin()
+            return 0
+        self._check(found)
+        engine = self.bench.engine
+        wanted = {name: (part.start, part.stop) for name, part in engine.slices().items()}
+        engine.restore(found.read(wanted), found.step)
+        self._restore_random(found)
+        self.base_answers = found.manifest["base_probes"]
+        self.log.resume(found.step, found.manifest["log"])
+        logger.info("train: resumed at step %d of %d from %s", found.step, self.num_steps, found.path)
+        return found.step
+
+    def _check(self, found: Checkpoint) -> None:
+        if found.manifest["inputs"] != self.inputs:
+            raise UserError(
+                f"name: {found.path} belongs to other training data or models: choose another name, "
+                "or remove the checkpoints"
+            )
+        was, now = found.manifest["contrast_batch"], self._contrast_batch()
+        if was != now:
+            raise UserError(
+                f"train.per_device_train_batch_size and distributed.num_workers make contrast batches of "
+                f"{now['pairs']} pairs, {found.path} has {was['pairs']}: keep their product"
+            )
+
+    def _contrast_batch(self) -> dict[str, int]:
+        return {"pairs": self.order.contrast_batch_size, "per_step": self.order.accumulation}
+
+    def save_if_due(self, step: int, stopping: bool) -> None:
+        """Validate and write a checkpoint where the settings say so, at the end, and before stopping."""
+        done = step == self.num_steps
+        if step % self.eval_steps == 0 or done:
+            self._save(step, self._validate(step))
+        elif step % self.save_steps == 0 or stopping:
+            self._save(step, {"score": None, "threshold": None, "probes": None})  # to resume from, not to export
+
+    def _validate(self, step: int) -> dict:
+        bench, config = self.bench, self.bench.inputs.config
+        if self.validation is None:
+            answers, _ = bench.scores(self.probes, "probe")
+            return {"score": None, "threshold": 0.5, "probes": answers.tolist()}
+        answers, cosines = bench.scores(pair_texts(self.validation), "validate")
+        easy = ~hard_negatives(self.validation)  # as in the headline of the metrics
+        labels = self.validation.label[easy]
+        threshold = best_threshold(answers[easy], labels)
+        metrics = binary_metrics(answers[easy], labels, threshold)
+        readout = binary_metrics(cosines[easy], labels, best_threshold(cosines[easy], labels))
+        self.log.write(
+            step,
+            {
+                **{f"validation_{key}": metrics[key] for key in ("roc_auc", "f1", "accuracy", "average_precision")},
+                "validation_readout_roc_auc": readout["roc_auc"],
+            },
+        )
+        probes = answers[: len(self.probes)].tolist()
+        return {"score": metrics[config.train.metric_for_best_model], "threshold": threshold, "probes": probes}
+
+    def _save(self, step: int, candidate: dict) -> None:
+        bench, engine = self.bench, self.bench.engine
+        manifest = {
+            **candidate,
+            "base_probes": self.base_answers,
+            "num_steps": self.num_steps,
+            "seed": self.order.seed,
+            "contrast_batch": self._contrast_batch(),
+            "world_size": bench.world.size,
+            "inputs": self.inputs,
+            "base_fingerprint": bench.inputs.base_fingerprint,
+            "versions": {name: version(name) for name in LIBRARIES},
+            "log": self.log.state(),
+            "shapes": engine.shapes(),
+        }
+        save_checkpoint(self.folder, step, engine.slices(), self._random(), manifest, bench.world)
+        if bench.world.is_main:
+            keep_checkpoints(self.folder, self.keep)
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        """States of the generators that dropout draws from."""
+        device = self.bench.world.device
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+    def _restore_random(self, found: Checkpoint) -> None:
+        world = self.bench.world
+        if found.manifest["world_size"] != world.size:  # no rank of old is this one: begin anew, reproducibly
+            torch.manual_seed((self.order.seed * 1000 + world.rank) * 1_000_003 + found.step)
+            return
+        torch.set_rng_state(found.random_state(world.rank, "cpu"))
+        state = found.random_state(world.rank, "cuda")
+        if state is not None and world.device.type == "cuda":
+            torch.cuda.set_rng_state(state, world.device)

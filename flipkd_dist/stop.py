@@ -1,0 +1,58 @@
+"""A polite end: SIGTERM, SIGUSR1 or a file named `stop` in the run folder ends a training after its current step."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flipkd_dist.errors import StoppedOnRequest
+
+if TYPE_CHECKING:  # the command line uses this module before torch is imported
+    from flipkd_dist.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def handling(handler: Callable[..., None]) -> Iterator[None]:
+    """Let `handler` take the signals meanwhile; nothing off the main thread, where Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)
+
+
+def stop_at_once(number: int, _frame: object) -> None:
+    """Handler for stages of which nothing is lost at any moment."""
+    raise StoppedOnRequest(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
+
+
+class StopRequest:
+    """Asked for in one process, seen by all: the driver's signals reach its workers through the file."""
+
+    def __init__(self, file: Path):
+        self.file, self.signalled = file, False
+
+    def _ask(self, _number: int, _frame: object) -> None:
+        self.signalled = True
+        self.file.touch()
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        with handling(self._ask):
+            yield self
+
+    def forget(self) -> None:
+        """Remove the request of an earlier training."""
+        self.file.unlink(missing_ok=True)
+
+    def made(self, world: "World") -> bool:
+        """Whether any rank has been asked to stop; every rank must call it."""
+        return world.any(self.signalled or (world.is_main and self.file.exists()))

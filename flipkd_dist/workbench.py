@@ -1,0 +1,77 @@
+"""config -> data and teacher -> student -> engine: the one place where they are put together."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flipkd_dist.adapter import load_weights
+from flipkd_dist.batches import BatchMaker
+from flipkd_dist.config import RunConfig
+from flipkd_dist.ds_config import compose, read_policy
+from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, join_world, prepare_deepspeed, sharded_loading
+from flipkd_dist.errors import UserError
+from flipkd_dist.evaluate import student_scores
+from flipkd_dist.preflight import Inputs, check_inputs
+from flipkd_dist.student import load_student
+from flipkd_dist.world import World
+
+logger = logging.getLogger("flipkd_dist")
+
+
+@dataclass
+class Workbench:
+    """What training and evaluation work with; built in one place."""
+
+    inputs: Inputs
+    world: World
+    engine: Engine
+    make_batch: BatchMaker
+    dtype: torch.dtype
+
+    def scores(self, texts: list[tuple[str, str]], description: str) -> tuple[np.ndarray, np.ndarray]:
+        batch_size = self.inputs.config.train.per_device_eval_batch_size
+        return student_scores(
+            self.engine.student, self.world, self.make_batch, texts, batch_size, description, self.engine.forward
+        )
+
+
+def build(config: RunConfig, weights: Path | None = None) -> Workbench:
+    """config -> data and teacher -> student -> engine; `weights` is a file of LoRA tensors to start from."""
+    use_gpu = torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
+    world = join_world(use_gpu, config.distributed.timeout_s)
+    if not world.is_main:
+        logger.setLevel(logging.ERROR)
+    inputs = check_inputs(config)
+    bf16 = use_gpu and torch.cuda.is_bf16_supported() if config.train.bf16 == "auto" else config.train.bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    ds_config, sharded = None, nullcontext
+    if config.distributed.deepspeed is not None:
+        prepare_deepspeed(use_gpu)
+        ds_config = compose(read_policy(config.distributed.deepspeed), config, world.size, bf16)
+        sharded = partial(sharded_loading, ds_config)
+    elif world.size > 1:
+        raise UserError("distributed.deepspeed is null, which trains on one worker: name a file or start one process")
+    student = load_student(
+        inputs.base_folder,
+        config.student,
+        inputs.encoder.answer_ids,
+        inputs.store.spec.hidden_size,
+        config.seed,
+        dtype,
+        config.train.gradient_checkpointing,
+        sharded,
+    )
+    if weights is not None:
+        load_weights(student, weights)
+    make_optimizer = partial(torch.optim.AdamW, lr=0.0, weight_decay=config.train.weight_decay)
+    torch.manual_seed(config.seed * 1000 + world.rank)  # dropout differs between ranks
+    if ds_config is None:
+        engine = PlainEngine(student.to(world.device), make_optimizer, config.train.max_grad_norm)
+    else:
+        engine = DeepSpeedEngine(student, make_optimizer, ds_config)
+    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype)
