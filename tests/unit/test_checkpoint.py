@@ -1,40 +1,154 @@
-"""Checkpoints: complete or absent, the newest and the best are kept."""
+"""Checkpoints: complete or absent, sliced by rank, read in any other slices; the newest and the best are kept."""
+
+import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
-from flipkd_dist.adapter import WEIGHTS
-from flipkd_dist.checkpoint import MANIFEST, best_checkpoint, checkpoints, keep_newest, save_checkpoint
+from flipkd_dist import checkpoint
+from flipkd_dist.checkpoint import (
+    MANIFEST,
+    best_checkpoint,
+    checkpoints,
+    file_of_rank,
+    keep_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from flipkd_dist.slices import KINDS, Slice
+from flipkd_dist.world import World
 
-STATE = {"layer.lora_A.default.weight": torch.ones(2, 3).T}  # not contiguous
+WHOLE = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(100.0, 107.0)}
+SHAPES = {name: list(value.shape) for name, value in WHOLE.items()}
+CANDIDATE = {"score": None, "threshold": 0.5, "probes": [0.1], "shapes": SHAPES}
 
 
-def save(folder, **scores):
+class Together(World):
+    """A rank whose others are threads of this process."""
+
+    def __new__(cls, *_):
+        return object.__new__(cls)
+
+    def __init__(self, rank: int, shared: dict):
+        super().__init__(rank, shared["size"])
+        object.__setattr__(self, "shared", shared)
+
+    def barrier(self):
+        self.shared["barrier"].wait(10)
+
+    def gather_object(self, value):
+        self.shared["values"][self.rank] = value
+        self.barrier()
+        return [self.shared["values"][rank] for rank in range(self.size)]
+
+
+def slices_of(ranges: dict[str, tuple[int, int]]) -> dict[str, Slice]:
+    """Kind k of an element is k * 1000 more than its weight."""
+    return {
+        name: Slice(start, {kind: WHOLE[name].flatten()[start:stop] + 1000 * k for k, kind in enumerate(KINDS)})
+        for name, (start, stop) in ranges.items()
+    }
+
+
+def save(folder, step=1, ranks=({"a": (0, 12), "b": (0, 7)},), **manifest) -> None:
+    shared = {"size": len(ranks), "barrier": threading.Barrier(len(ranks)), "values": {}}
+
+    def one(rank: int) -> None:
+        random = {"cpu": torch.full((8,), rank, dtype=torch.uint8)}
+        world = Together(rank, shared)
+        save_checkpoint(folder, step, slices_of(ranks[rank]), random, CANDIDATE | manifest, world)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(1, len(ranks))]
+    for thread in threads:
+        thread.start()
+    one(0)
+    for thread in threads:
+        thread.join()
+
+
+def save_scored(folder, **scores) -> None:
     """Checkpoints of `step_N=score`, in the order given."""
     for name, score in scores.items():
-        save_checkpoint(folder, int(name.removeprefix("step_")), STATE, {"score": score})
+        save(folder, int(name.removeprefix("step_")), score=score)
 
 
 def steps(folder) -> list[int]:
-    return [manifest["step"] for _, manifest in checkpoints(folder)]
+    return [found.step for found in checkpoints(folder)]
+
+
+TWO_RANKS = ({"a": (0, 6), "b": (0, 4)}, {"a": (6, 12), "b": (4, 7)})
+THREE_RANKS = ({"a": (0, 4)}, {"a": (4, 12), "b": (0, 1)}, {"b": (1, 7)})
+
+
+@pytest.mark.parametrize("written", [({"a": (0, 12), "b": (0, 7)},), TWO_RANKS, THREE_RANKS])
+@pytest.mark.parametrize("wanted", [{"a": (0, 12), "b": (0, 7)}, {"a": (3, 7)}, {"a": (5, 6), "b": (2, 7)}, {}])
+def test_any_slices_can_be_read_from_any(tmp_path, written, wanted):
+    save(tmp_path, ranks=written)
+    found = newest_checkpoint(tmp_path).read(wanted)
+    assert found.keys() == wanted.keys()
+    for name, expected in slices_of(wanted).items():
+        for kind in KINDS:
+            assert torch.equal(found[name][kind], expected.values[kind])
+
+
+def test_whole_weights_and_random_states(tmp_path):
+    save(tmp_path, ranks=THREE_RANKS)
+    found = newest_checkpoint(tmp_path)
+    assert all(torch.equal(value, WHOLE[name]) for name, value in found.weights().items())
+    assert found.random_state(2, "cpu").tolist() == [2] * 8 and found.random_state(2, "cuda") is None
+
+
+def test_a_rank_opens_only_the_files_that_it_needs(tmp_path, monkeypatch):
+    save(tmp_path, ranks=TWO_RANKS)
+    found, opened = newest_checkpoint(tmp_path), []
+    monkeypatch.setattr(
+        checkpoint, "safe_open", lambda path, **options: opened.append(path) or safe_open(path, **options)
+    )
+    found.read({"a": (6, 12), "b": (5, 7)})
+    assert opened == [found.path / file_of_rank(1)]
+
+
+def test_a_tensor_that_is_not_there(tmp_path):
+    save(tmp_path)
+    with pytest.raises(RuntimeError, match="c is missing: the checkpoint belongs to another student"):
+        newest_checkpoint(tmp_path).read({"c": (0, 1)})
+    with pytest.raises(RuntimeError, match="b is not whole"):
+        newest_checkpoint(tmp_path).read({"b": (0, 8)})
 
 
 def test_what_a_checkpoint_holds(tmp_path):
-    path = save_checkpoint(tmp_path / "checkpoints", 100, STATE, {"score": 0.5, "probes": [0.1]})
-    assert path == tmp_path / "checkpoints" / "step-000100"
-    assert checkpoints(tmp_path / "checkpoints") == [(path, {"step": 100, "score": 0.5, "probes": [0.1]})]
-    [(name, value)] = load_file(path / WEIGHTS).items()
-    assert name == "layer.lora_A.weight" and torch.equal(value, STATE["layer.lora_A.default.weight"])
-    assert sorted(found.name for found in path.parent.iterdir()) == ["step-000100"]
+    save(tmp_path / "checkpoints", 100, ranks=TWO_RANKS)
+    [path] = (tmp_path / "checkpoints").iterdir()
+    assert path.name == "step-000100"
+    assert sorted(file.name for file in path.iterdir()) == [MANIFEST, file_of_rank(0), file_of_rank(1)]
+
+
+class Apart(Together):
+    """Rank 0 of two whose other one writes to another disk."""
+
+    def __init__(self):
+        super().__init__(0, {"size": 2})
+
+    def barrier(self):
+        pass
+
+    def gather_object(self, value):
+        return [value, value]
+
+
+def test_a_file_that_rank_0_does_not_see(tmp_path):
+    with pytest.raises(RuntimeError, match=r"rank-00001.* is not seen here: output_dir must lie on storage"):
+        save_checkpoint(tmp_path, 1, slices_of({"a": (0, 12)}), {}, CANDIDATE, Apart())
+    assert not checkpoints(tmp_path)
 
 
 def test_oldest_first_by_number(tmp_path):
-    save(tmp_path, step_1000000=0.1, step_999999=0.2, step_20=0.3)
-    assert steps(tmp_path) == [20, 999999, 1000000]
-    save(tmp_path, step_20=0.9)  # again
-    assert steps(tmp_path) == [20, 999999, 1000000] and best_checkpoint(tmp_path)[1]["score"] == 0.9
-    assert checkpoints(tmp_path / "absent") == []
+    save_scored(tmp_path, step_1000000=0.1, step_999999=0.2, step_20=0.3)
+    assert steps(tmp_path) == [20, 999999, 1000000] and newest_checkpoint(tmp_path).step == 1000000
+    save_scored(tmp_path, step_20=0.9)  # again
+    assert steps(tmp_path) == [20, 999999, 1000000] and best_checkpoint(tmp_path).manifest["score"] == 0.9
+    assert checkpoints(tmp_path / "absent") == [] and newest_checkpoint(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize(
@@ -48,31 +162,39 @@ def test_oldest_first_by_number(tmp_path):
     ],
 )
 def test_best(tmp_path, scores, best):
-    save(tmp_path, **scores)
-    path, manifest = best_checkpoint(tmp_path)
-    assert manifest["step"] == best and path.name == f"step-00000{best}"
+    save_scored(tmp_path, **scores)
+    found = best_checkpoint(tmp_path)
+    assert found.step == best and found.path.name == f"step-00000{best}"
 
 
-@pytest.mark.parametrize("best", range(1, 7))
-@pytest.mark.parametrize("count", [1, 3, 9])
-def test_the_newest_and_the_best_are_kept(tmp_path, best, count):
-    save(tmp_path, **{f"step_{step}": 0.9 if step == best else 0.5 for step in range(1, 7)})
-    keep_newest(tmp_path, count)
-    assert steps(tmp_path) == sorted({*range(max(1, 7 - count), 7), best})
+def test_one_that_was_only_saved_is_no_candidate(tmp_path):
+    save_scored(tmp_path, step_1=None)
+    save(tmp_path, 2, probes=None)
+    assert best_checkpoint(tmp_path).step == 1 and newest_checkpoint(tmp_path).step == 2
 
 
-@pytest.mark.parametrize("lacks", [MANIFEST, WEIGHTS])
-def test_an_incomplete_one_is_ignored(tmp_path, lacks):
-    save(tmp_path, step_1=0.7, step_2=0.9)
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_newest_and_the_best_are_kept(tmp_path, count):
+    scores = {1: 0.9, 2: 0.1, 3: 0.8, 4: 0.2, 5: 0.3, 6: 0.1}
+    save_scored(tmp_path, **{f"step_{step}": score for step, score in scores.items()})
+    keep_checkpoints(tmp_path, count)
+    assert steps(tmp_path) == {1: [1, 6], 2: [1, 3, 5, 6], 9: [1, 2, 3, 4, 5, 6]}[count]
+
+
+@pytest.mark.parametrize("lacks", [MANIFEST, file_of_rank(0)])
+def test_an_incomplete_one_is_passed_over_and_removed(tmp_path, caplog, lacks):
+    save_scored(tmp_path, step_1=0.7, step_2=0.9)
     (tmp_path / "step-000002" / lacks).unlink()
-    assert steps(tmp_path) == [1] and best_checkpoint(tmp_path)[1]["step"] == 1
-    (tmp_path / "step-000001" / MANIFEST).write_text('{"step": 1')
-    assert checkpoints(tmp_path) == []
+    assert steps(tmp_path) == [1] and best_checkpoint(tmp_path).step == 1
+    assert newest_checkpoint(tmp_path).step == 1
+    assert f"{tmp_path / 'step-000002'} is not resumed from: {lacks}" in caplog.text
+    keep_checkpoints(tmp_path, 5)
+    assert not (tmp_path / "step-000002").exists()
 
 
 @pytest.mark.parametrize("failing", ["save_file", "write_json", "os.replace"])
 def test_an_interrupted_one_is_absent(tmp_path, monkeypatch, failing):
-    save(tmp_path, step_1=0.7)
+    save_scored(tmp_path, step_1=0.7)
 
     def die(*_):
         raise KeyboardInterrupt
@@ -80,8 +202,7 @@ def test_an_interrupted_one_is_absent(tmp_path, monkeypatch, failing):
     with monkeypatch.context() as patch:
         patch.setattr(f"flipkd_dist.checkpoint.{failing}", die)
         with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, step_2=0.9)
+            save_scored(tmp_path, step_2=0.9)
     assert steps(tmp_path) == [1]
-    save(tmp_path, step_2=0.9)  # what was left of it is in nobody's way
+    save_scored(tmp_path, step_2=0.9)  # what was left of it is in nobody's way
     assert steps(tmp_path) == [1, 2] and len(list(tmp_path.iterdir())) == 2
-    assert best_checkpoint(tmp_path)[1]["step"] == 2
