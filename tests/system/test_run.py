@@ -29,10 +29,8 @@ def write_pairs(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run: its folder, its configuration file and what it printed."""
-    folder = tmp_path_factory.mktemp("run")
+def tiny_config(folder: Path) -> Path:
+    """The configuration file of a run in `folder`: tiny models, two workers."""
     values = {
         "name": "tiny",
         "output_dir": str(folder / "runs"),
@@ -55,7 +53,14 @@ def run(tmp_path_factory):
     }
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(values))
-    return folder / "runs" / "tiny", config, call("run", config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its folder, its configuration file and what it printed."""
+    config = tiny_config(tmp_path_factory.mktemp("run"))
+    return config.parent / "runs" / "tiny", config, call("run", config)
 
 
 def call(*arguments) -> subprocess.CompletedProcess:
