@@ -16,6 +16,7 @@ from flipkd_dist.order import Order
 from flipkd_dist.progress import Progress
 from flipkd_dist.step import TrainingStep
 from flipkd_dist.stop import StopRequest
+from flipkd_dist.verify import check_first_forward
 from flipkd_dist.workbench import Workbench, build
 
 logger = logging.getLogger("flipkd_dist")
@@ -31,8 +32,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     inputs, world, engine = bench.inputs, bench.world, bench.engine
     pairs = inputs.splits["train"]
     step = TrainingStep(engine, world, pairs, inputs.store.vectors(pairs.texts), bench.make_batch, config.loss)
-    batch = config.train.per_device_train_batch_size * world.size
-    order = Order(len(pairs), batch, config.train.gradient_accumulation_steps, config.seed)
+    contrast_batch = config.train.per_device_train_batch_size * world.size
+    order = Order(len(pairs), contrast_batch, config.train.gradient_accumulation_steps, config.seed)
     num_steps = (
         config.train.max_steps if config.train.max_steps > 0 else config.train.num_train_epochs * order.steps_per_epoch
     )
@@ -40,6 +41,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
+    batch = bench.make_batch(progress.probes[: config.train.per_device_train_batch_size])
+    check_first_forward(engine, world, batch, bench.load, config.train.verify)
     with StopRequest(inputs.folder.stop).listening() as stop:
         engine.student.train()
         for number in range(first, num_steps):
@@ -89,6 +92,9 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: l
         encoder_module=student.encoder_module,
         attn_implementation=config.student.attn_implementation,
         dtype=str(bench.dtype).removeprefix("torch."),
+        load_in_4bit=config.student.load_in_4bit,
+        bnb_4bit_quant_type=config.student.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.student.bnb_4bit_use_double_quant,
         max_length=config.data.max_length,
         threshold=best.manifest["threshold"],
         step=best.step,

@@ -1,7 +1,7 @@
 """config -> data and teacher -> student -> engine: the one place where they are put together."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from flipkd_dist.adapter import load_weights
+from flipkd_dist.base_loader import Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import RunConfig
 from flipkd_dist.ds_config import compose, read_policy
-from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, join_world, prepare_deepspeed, sharded_loading
+from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, ZeroPlacement, join_world, prepare_deepspeed
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import student_scores
 from flipkd_dist.preflight import Inputs, check_inputs
-from flipkd_dist.student import load_student
+from flipkd_dist.student import Student, load_student
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
@@ -32,6 +33,7 @@ class Workbench:
     engine: Engine
     make_batch: BatchMaker
     dtype: torch.dtype
+    load: Callable[..., Student]  # the student again, for `check_first_forward`
 
     def scores(self, texts: list[tuple[str, str]], description: str) -> tuple[np.ndarray, np.ndarray]:
         batch_size = self.inputs.config.train.per_device_eval_batch_size
@@ -49,14 +51,15 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
     inputs = check_inputs(config)
     bf16 = use_gpu and torch.cuda.is_bf16_supported() if config.train.bf16 == "auto" else config.train.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
-    ds_config, sharded = None, nullcontext
+    ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
         prepare_deepspeed(use_gpu)
         ds_config = compose(read_policy(config.distributed.deepspeed), config, world.size, bf16)
-        sharded = partial(sharded_loading, ds_config)
+        placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:
         raise UserError("distributed.deepspeed is null, which trains on one worker: name a file or start one process")
-    student = load_student(
+    load = partial(
+        load_student,
         inputs.base_folder,
         config.student,
         inputs.encoder.answer_ids,
@@ -64,8 +67,8 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         config.seed,
         dtype,
         config.train.gradient_checkpointing,
-        sharded,
     )
+    student = load(placement=placement)
     if weights is not None:
         load_weights(student, weights)
     make_optimizer = partial(torch.optim.AdamW, lr=0.0, weight_decay=config.train.weight_decay)
@@ -74,4 +77,4 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         engine = PlainEngine(student.to(world.device), make_optimizer, config.train.max_grad_norm)
     else:
         engine = DeepSpeedEngine(student, make_optimizer, ds_config)
-    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype)
+    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype, load)

@@ -172,6 +172,15 @@ def test_kill_9_at_a_random_step(prepared, undisturbed):
     assert lines(config) == lines(undisturbed)
 
 
+def test_kill_9_with_a_base_in_four_bits(prepared):
+    settled = run_config(prepared, "four-bit-whole", 2, load_in_4bit=True)
+    run_gang(2, train, settled)
+    killed = run_config(prepared, "four-bit-killed", 2, load_in_4bit=True)
+    kill_when(killed, 2, has_line(killed, 6))
+    assert resume(killed, 2) > 0
+    assert_equal(killed, settled)
+
+
 def test_killed_before_the_first_checkpoint(prepared, undisturbed):
     config = run_config(prepared, "early", 2)
     kill_when(config, 2, has_line(config, 1))
@@ -224,17 +233,19 @@ def stop_at(config: RunConfig, workers: int, step: int) -> None:
             shutil.rmtree(path)
 
 
+@pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize(
     ("before", "after"), [((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 3), (2, 2)), ((2, 1), (2, 3)), ((1, 2), (2, 1))]
 )
-def test_other_workers_and_other_stages(prepared, before, after):
+def test_other_workers_and_other_stages(prepared, before, after, load_in_4bit):
     """(workers, ZeRO stage) before and after; dropout 0, since other ranks draw other numbers."""
-    name = f"{before}-{after}".translate(str.maketrans("(), ", "----")).strip("-")
-    settled = run_config(prepared, f"whole-{name}", *before, lora_dropout=0.0)
+    name = f"{before}-{after}-{load_in_4bit}".translate(str.maketrans("(), ", "----")).strip("-")
+    student = {"lora_dropout": 0.0, "load_in_4bit": load_in_4bit}
+    settled = run_config(prepared, f"whole-{name}", *before, **student)
     run_gang(before[0], train, settled)
-    moved = run_config(prepared, f"moved-{name}", *before, lora_dropout=0.0)
+    moved = run_config(prepared, f"moved-{name}", *before, **student)
     stop_at(moved, before[0], 4)
-    moved = run_config(prepared, moved.name, *after, lora_dropout=0.0)
+    moved = run_config(prepared, moved.name, *after, **student)
     assert resume(moved, after[0]) == 4
     assert_close(moved, settled)
     assert [line["step"] for line in lines(moved)] == [line["step"] for line in lines(settled)]
