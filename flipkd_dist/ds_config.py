@@ -49,6 +49,11 @@ def read_policy(path: str) -> dict[str, Any]:
         raise UserError(f"distributed.deepspeed: {path} sets no zero_optimization.stage: add one of 1, 2, 3") from None
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise UserError(f"distributed.deepspeed: {path}: zero_optimization.stage is {stage!r}: take 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if (policy["zero_optimization"].get(key) or {}).get("device") == "nvme":
+            raise UserError(
+                f"distributed.deepspeed: {path}: {key} to nvme: checkpoints do not reach it: take the device cpu"
+            )
     for key in policy:
         if key in RUN_OWNED:
             raise UserError(

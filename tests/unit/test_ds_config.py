@@ -84,6 +84,12 @@ def test_other_stages(policy_file, stage):
     assert f"zero_optimization.stage is {stage!r}: take 1, 2 or 3" in said
 
 
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offloading_to_disk_is_refused(policy_file, key):
+    path = policy_file({"zero_optimization": {"stage": 3, key: {"device": "nvme", "nvme_path": "/x"}}})
+    assert f"{key} to nvme: checkpoints do not reach it: take the device cpu" in mistake(path)
+
+
 OWNED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "zero_force_ds_cpu_optimizer"),
