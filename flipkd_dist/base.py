@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.glm_original import GlmOriginalConfig  # its import registers the classes with transformers
+from flipkd_dist.glm_original_config import is_published_glm
+from flipkd_dist.glm_tokenizer import has_published_tokenizer, load_published_tokenizer
 from flipkd_dist.model_files import one_line
 
 FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
@@ -24,7 +27,7 @@ def check_base(folder: Path, settings: StudentConfig):
     """The base's configuration, or a UserError that says why it cannot be a student; loads no weights."""
     name = settings.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _read_config(folder)
     except Exception as error:  # transformers raises nearly anything here
         raise UserError(
             f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
@@ -42,6 +45,18 @@ def check_base(folder: Path, settings: StudentConfig):
                 f"student.model_name_or_path: {name} sets {key}, which two-row logits leave out: take another"
             )
     return config
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    if is_published_glm(values):
+        return GlmOriginalConfig.from_dict(values)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def fills_blank(config: PreTrainedConfig) -> bool:
+    """Whether the base reads prompt and texts in both directions and answers in a blank behind them: docs/glm.md."""
+    return isinstance(config, GlmOriginalConfig)
 
 
 def attention_implementation(settings: StudentConfig) -> str:
@@ -67,9 +82,9 @@ def check_parts(model: nn.Module, name: str) -> None:
 
 
 def shares_prefix(config, max_length: int) -> bool:
-    """Whether packed rows are exact: attention alone, no biases by distance in the row, no window that cuts."""
+    """Whether packed rows are exact: causal attention alone, no biases by distance in the row, no window that cuts."""
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other_layers or getattr(config, "alibi", False):
+    if other_layers or getattr(config, "alibi", False) or fills_blank(config):
         return False
     window = getattr(config, "sliding_window", None)
     uses_window = getattr(config, "use_sliding_window", window is not None)
@@ -77,6 +92,8 @@ def shares_prefix(config, max_length: int) -> bool:
 
 
 def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
+    if has_published_tokenizer(folder):
+        return load_published_tokenizer(folder, key)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise nearly anything here

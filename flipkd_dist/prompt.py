@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from flipkd_dist.errors import UserError
 
+BLANK_START = "<|startofpiece|>"
+MASK_FROM_END = 3  # where [MASK] stands in a pair that ends in a blank, counted from the end of the pair's tokens
 TEMPLATES = {
     "faq": (
         "You know a company's frequently asked questions by heart. Would one and the same answer settle both of these "
@@ -22,7 +24,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair's own tokens, behind the shared prefix: text 1, separator, text 2, suffix. Spans are within `ids`."""
+    """A pair's own tokens, behind the shared prefix: text 1, separator, text 2, suffix. Spans are within `ids`.
+
+    The answer is read at the last token.
+    """
 
     ids: list[int]
     text_a: slice
@@ -55,20 +60,33 @@ def _leading_specials(tokenizer) -> list[int]:
     return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
 
 
+def _blank(tokenizer) -> list[int]:
+    """[MASK] and the end of the context, then the token behind which the blank is filled: the original GLM's."""
+    ids = [tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get(BLANK_START)]
+    if None in ids:
+        raise UserError(
+            f"student.model_name_or_path: its tokenizer lacks [MASK], <|endoftext|> or {BLANK_START}: "
+            "take the one that belongs to this GLM"
+        )
+    return ids
+
+
 class PairEncoder:
     """Turns two texts into tokens under one prompt; the same in training, evaluation, prediction and the registry."""
 
-    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int):
-        """`max_length` counts the tokens of prompt and both texts.
-
+    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int, blank: bool = False):
+        """
+        Args:
+            max_length: counts the tokens of prompt and both texts.
+            blank: whether the base answers in a blank behind the prompt (`base.fills_blank`).
         Raises:
             UserError: a prompt without {text_a} and {text_b} in this order, or too long for `max_length`.
         """
         before, between, after = _split(prompt)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.blank = tokenizer, blank
         self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
         self.separator = _tokens(tokenizer, between)
-        self.suffix = _tokens(tokenizer, after)
+        self.suffix = _tokens(tokenizer, after) + (_blank(tokenizer) if blank else [])
         self.room = max_length - len(self.prefix) - len(self.separator) - len(self.suffix)
         if self.room < 2:
             raise UserError(
