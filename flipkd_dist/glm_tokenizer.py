@@ -25,8 +25,8 @@ ROLES = {
     "mask_token": "[MASK]",
     "eos_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
-    "unk_token": None,
-    "sep_token": None,
+    "sep_token": "[SEP]",
+    "unk_token": "[UNK]",
 }
 
 
@@ -45,10 +45,12 @@ def load_published_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerFast:
     """
     config, added = _read(folder / "tokenizer_config.json"), _read(folder / "added_tokens.json")
     try:
-        build = _chinese if config["tokenizer_class"] == "GLMChineseTokenizer" else _gpt2
-        tokenizer = build(folder)
-        _add(tokenizer, added)
         roles = {role: _text(config.get(role)) or default for role, default in ROLES.items()}
+        if config["tokenizer_class"] == "GLMChineseTokenizer":
+            tokenizer, roles["unk_token"] = _chinese(folder)
+        else:
+            tokenizer = _gpt2(folder)
+        _add(tokenizer, added)
         ids = {token: tokenizer.token_to_id(token) for token in roles.values() if token}
         first, last = roles["cls_token"], roles["eos_token"]
         if None in (ids[first], ids[last], ids[roles["mask_token"]]):
@@ -71,9 +73,10 @@ def _gpt2(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _chinese(folder: Path) -> Tokenizer:
-    """SentencePiece's file needs protobuf to be read, which ray and mlflow bring."""
-    return SpmConverter(SimpleNamespace(vocab_file=str(folder / "cog-pretrain.model"))).converted()
+def _chinese(folder: Path) -> tuple[Tokenizer, str]:
+    """Also what stands for an unknown text. SentencePiece's file is read by protobuf, which ray and mlflow bring."""
+    converter = SpmConverter(SimpleNamespace(vocab_file=str(folder / "cog-pretrain.model")))
+    return converter.converted(), converter.proto.trainer_spec.unk_piece
 
 
 def _add(tokenizer: Tokenizer, added: dict[str, int]) -> None:
