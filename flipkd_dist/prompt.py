@@ -118,18 +118,23 @@ def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
     return (shorter, room - shorter) if length_a <= length_b else (room - shorter, shorter)
 
 
+def _without_lone_space(tokenizer, ids: list[int]) -> list[int]:
+    return ids[1:] if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁" else ids
+
+
 def answer_ids(tokenizer, answers: list[str], suffix: str) -> list[int]:
     """The single tokens that `answers` are, after a prompt that ends in `suffix`.
 
     Byte-level vocabularies write a word inside a sentence with its leading space, so after a prompt that does not end
-    in white space that form is tried first; both answers take the same form.
+    in white space that form is tried first; both answers take the same form. SentencePiece may write a text's leading
+    space as a token of its own, which no answer inside a sentence has: it is left out.
 
     Raises:
         UserError: no form in which both answers are single, known and distinct tokens.
     """
     spaces = ["", " "] if suffix[-1:].isspace() else [" ", ""]
     for space in spaces:
-        ids = [_tokens(tokenizer, space + answer) for answer in answers]
+        ids = [_without_lone_space(tokenizer, _tokens(tokenizer, space + answer)) for answer in answers]
         single = all(len(one) == 1 and one[0] != tokenizer.unk_token_id for one in ids)
         if single and ids[0] != ids[1]:
             return [ids[0][0], ids[1][0]]

@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from flipkd_dist.base import load_tokenizer
 from flipkd_dist.errors import UserError
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import PairEncoder, answer_ids
 
 CHINESE_ADDED = {  # as in glm-10b-chinese, relative to its 50,000 pieces
     "<|endoftext|>": 0, "[SEP]": 1, "[CLS]": 2, "[MASK]": 3, "[UNUSED1]": 4, "[UNUSED2]": 5,
@@ -98,6 +98,8 @@ def test_chinese_kind(chinese):
     encoder = PairEncoder(words, "{text_a} {text_b}吗", ["是", "否"], 40, blank=True)
     assert words.convert_ids_to_tokens(encoder.answer_ids) == ["▁是", "▁否"]
     assert words.convert_ids_to_tokens(encoder.suffix)[-3:] == ["[MASK]", "<|endoftext|>", "<|startofpiece|>"]
+    assert words.tokenize("卡") == ["▁", "卡"]  # inside a sentence without the space
+    assert words.convert_ids_to_tokens(answer_ids(words, ["卡", "我的"], "吗")) == ["卡", "我的"]
 
 
 def test_chinese_kind_against_sentencepiece(chinese):
