@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from peft_reference import CARD
+from safetensors.torch import load_file
 from tiny import pair_table, save_student, save_teacher, sentences, started_student, unit_vectors
 
 from flipkd_dist.adapter import Probe, save_adapter
@@ -17,7 +20,7 @@ from flipkd_dist.engine import PlainEngine
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import pair_texts, student_scores
 from flipkd_dist.glm_original import GlmOriginalForCausalLM
-from flipkd_dist.model_files import fingerprint
+from flipkd_dist.model_files import check_files, fingerprint
 from flipkd_dist.order import Order
 from flipkd_dist.packing import pack
 from flipkd_dist.predict import Matcher
@@ -192,6 +195,40 @@ def test_the_adapter_in_plain_peft_and_in_prediction(tmp_path, folder):
     with plain.disable_adapter():
         base = plain(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}).logits[0, -1]
     assert (base - logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_folder_that_our_class_saved(tmp_path, folder):
+    student, encoder = started_student(folder)
+    GlmOriginalForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    again, other = started_student(tmp_path)
+    assert (other.prefix, other.suffix, other.answer_ids) == (encoder.prefix, encoder.suffix, encoder.answer_ids)
+    pairs = [encoder.encode(*texts) for texts in TEXTS]
+    for value, wanted in zip(again(**rows(other, pairs)), student(**rows(encoder, pairs)), strict=True):
+        assert torch.equal(value, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["glm.", ""])
+def test_the_conversion_of_the_documentation(tmp_path, monkeypatch, folder, prefix):
+    """Half-precision pickles in two files, as published or of the body alone, through the lines of docs/glm.md."""
+    monkeypatch.chdir(tmp_path)
+    copy = Path(shutil.copytree(folder, "glm-10b"))
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(weights)
+    for number, part in enumerate((names[:9], names[9:]), start=1):
+        part = {prefix + name.removeprefix("glm."): weights[name].half() for name in part}
+        torch.save(part, copy / f"pytorch_model-0000{number}-of-00002.bin")
+    text = (Path(__file__).parents[2] / "docs" / "glm.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    check_files(copy, "student.model_name_or_path")
+    student, encoder = started_student(copy)
+    exact, _ = started_student(folder)
+    batch = rows(encoder, [encoder.encode(*texts) for texts in TEXTS])
+    torch.testing.assert_close(student(**batch)[0], exact(**batch)[0], rtol=2e-2, atol=2e-2)
+    assert torch.equal(student.answer_rows, weights["glm.word_embeddings.weight"][encoder.answer_ids].half().float())
 
 
 def test_preflight_takes_it_and_knows_its_last_position(tmp_path, folder):
