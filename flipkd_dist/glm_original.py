@@ -103,13 +103,20 @@ class GlmOriginalStack(nn.Module):
         self.layers = nn.ModuleList(GlmOriginalLayer(config) for _ in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    def forward(
+        self, embeddings: Tensor, position_ids: Tensor, attention_mask: Tensor, history: list[Tensor] | None
+    ) -> Tensor:
+        """Output behind the final layer norm; what enters the first layer and leaves each one is added to `history`."""
         positions = self.position_embeddings(position_ids[:, 0])
         positions = positions + self.block_position_embeddings(position_ids[:, 1])
-        states = [self.embedding_dropout(embeddings + positions)]
+        hidden_states = self.embedding_dropout(embeddings + positions)
+        if history is not None:
+            history.append(hidden_states)
         for layer in self.layers:
-            states.append(layer(states[-1], attention_mask))
-        return [*states, self.final_layernorm(states[-1])]
+            hidden_states = layer(hidden_states, attention_mask)
+            if history is not None:
+                history.append(hidden_states)
+        return self.final_layernorm(hidden_states)
 
 
 class GlmOriginalPreTrainedModel(PreTrainedModel):
@@ -156,10 +163,10 @@ class GlmOriginalModel(GlmOriginalPreTrainedModel):
         if position_ids is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device)
             position_ids = torch.stack([positions, torch.zeros_like(positions)]).expand(len(embeddings), -1, -1)
-        states = self.transformer(embeddings, position_ids, self._scores_mask(attention_mask, embeddings))
-        # Without the final layer norm, as the published code keeps them: input of the blocks, then output of each.
-        hidden_states = tuple(states[:-1]) if output_hidden_states else None
-        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=hidden_states)
+        history = [] if output_hidden_states else None
+        mask = self._scores_mask(attention_mask, embeddings)
+        output = self.transformer(embeddings, position_ids, mask, history)
+        return BaseModelOutput(last_hidden_state=output, hidden_states=tuple(history) if history else None)
 
     def _scores_mask(self, mask: Tensor | None, embeddings: Tensor) -> Tensor:
         """The mask as the attention takes it: floats to add for eager, else booleans."""
