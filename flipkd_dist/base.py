@@ -4,11 +4,14 @@ import inspect
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.glm_original import GlmOriginalConfig  # its import registers the classes with transformers
+from flipkd_dist.glm_original_config import is_published_glm
+from flipkd_dist.glm_tokenizer import has_published_tokenizer, load_published_tokenizer
 from flipkd_dist.model_files import one_line
 from flipkd_dist.weight_files import Weights, stored_name
 
@@ -23,7 +26,7 @@ def check_base(folder: Path, settings: StudentConfig):
     """The base's configuration, or a UserError that says why it cannot be a student; loads no weights."""
     name = settings.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _read_config(folder)
     except Exception as error:  # transformers raises nearly anything here
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -51,6 +54,18 @@ def check_base(folder: Path, settings: StudentConfig):
     return config
 
 
+def _read_config(folder: Path) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(folder)
+    if is_published_glm(values):
+        return GlmOriginalConfig.from_dict(values)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def fills_blank(config: PreTrainedConfig) -> bool:
+    """Whether the base reads prompt and texts in both directions and answers in a blank behind them: docs/glm.md."""
+    return isinstance(config, GlmOriginalConfig)
+
+
 def attention_implementation(settings: StudentConfig) -> str:
     """sdpa unless named; an implementation that cannot take the mask of packed rows is refused."""
     if settings.attn_implementation == "auto":
@@ -74,9 +89,9 @@ def check_parts(model: nn.Module, name: str) -> None:
 
 
 def shares_prefix(config, max_length: int) -> bool:
-    """Whether packed rows are exact: attention alone, no biases by distance in the row, no window that cuts."""
+    """Whether packed rows are exact: causal attention alone, no biases by distance in the row, no window that cuts."""
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other_layers or getattr(config, "alibi", False):
+    if other_layers or getattr(config, "alibi", False) or fills_blank(config):
         return False
     window = getattr(config, "sliding_window", None)
     uses_window = getattr(config, "use_sliding_window", window is not None)
@@ -84,6 +99,8 @@ def shares_prefix(config, max_length: int) -> bool:
 
 
 def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
+    if has_published_tokenizer(folder):
+        return load_published_tokenizer(folder, key)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise nearly anything here

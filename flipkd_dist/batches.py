@@ -16,4 +16,4 @@ class BatchMaker:
         pairs = [self.encoder.encode(a, b) for a, b in texts or [("a", "a")]]
         prefix = self.encoder.prefix
         rows = plan_rows([len(pair.ids) for pair in pairs], len(prefix), self.cost, self.share_prefix)
-        return pack(prefix, pairs, rows)
+        return pack(prefix, pairs, rows, blank=self.encoder.blank)

@@ -20,6 +20,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "tokenizer_config.json",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
+    "cog-pretrain.model",
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def resolve_model(name: str | None, key: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{key} = {name}: {folder} has no *.safetensors, and pickled weights are never loaded: "
-            "convert them with save_pretrained of transformers"
+            "convert them with save_pretrained of transformers, those of the original GLM as docs/glm.md shows"
         )
     return folder
 

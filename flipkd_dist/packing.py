@@ -2,7 +2,8 @@
 
 Shapes: R rows of L tokens, P tokens of prefix, m pairs. A row holds `[prefix][pair][pair]...`; positions restart
 behind the prefix for every pair, and a pair sees the prefix and itself. Exact for causal students (FlipKD docs:
-docs/method.md). One pair a row is the padded layout, which needs no mask of its own.
+docs/method.md). One pair a row is the padded layout, which needs no mask of its own. A base that fills a blank (the
+original GLM) takes one pair a row, with two positions a token and a mask: docs/glm.md.
 """
 
 import heapq
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.prompt import MASK_FROM_END, EncodedPair
 
 PREFIX, PADDING = -1, -2
 
@@ -31,8 +32,8 @@ class ComputeCost:
 @dataclass(frozen=True)
 class PackedBatch:
     input_ids: Tensor  # [R, L] int64
-    position_ids: Tensor  # [R, L] int64
-    attention_mask: Tensor  # [R, L] int64 where every row holds one pair, else bool [R, 1, L, L]
+    position_ids: Tensor  # [R, L] int64; with a blank [R, 2, L]
+    attention_mask: Tensor  # [R, L] int64 where every row holds one pair, else or with a blank bool [R, 1, L, L]
     segments: Tensor  # [R, L] int64: 2k = text 1 of pair k, 2k + 1 = its text 2, 2m = neither
     answer_positions: Tensor  # [m] int64, into the flattened [R * L]
     num_tokens: int  # that are not padding
@@ -70,8 +71,10 @@ def plan_rows(lengths: list[int], prefix_length: int, cost: ComputeCost, share_p
     return min((_balance(lengths, count) for count in range(1, len(lengths) + 1)), key=price)
 
 
-def pack(prefix: list[int], pairs: list[EncodedPair], rows: list[list[int]], padding_id: int = 0) -> PackedBatch:
-    """Lay the pairs out as `rows` (lists of pair numbers) say."""
+def pack(
+    prefix: list[int], pairs: list[EncodedPair], rows: list[list[int]], padding_id: int = 0, blank: bool = False
+) -> PackedBatch:
+    """Lay the pairs out as `rows` (lists of pair numbers) say; with `blank` they end in one, a pair a row."""
     length = len(prefix) + max(sum(len(pairs[pair].ids) for pair in row) for row in rows)
     ids = np.full((len(rows), length), padding_id, dtype=np.int64)
     positions = np.zeros((len(rows), length), dtype=np.int64)
@@ -91,7 +94,10 @@ def pack(prefix: list[int], pairs: list[EncodedPair], rows: list[list[int]], pad
             answers[pair] = number * length + end - 1
             at = end
     mask = torch.from_numpy(owner != PADDING).long()
-    if any(len(row) > 1 for row in rows):
+    if blank:
+        assert all(len(row) == 1 for row in rows), "a bidirectional context cannot be shared"
+        positions, mask = _blank_positions(positions, mask), _blank_mask(mask.bool())
+    elif any(len(row) > 1 for row in rows):
         mask = _prefix_mask(torch.from_numpy(owner))
     return PackedBatch(
         torch.from_numpy(ids),
@@ -108,3 +114,19 @@ def _prefix_mask(owner: Tensor) -> Tensor:
     """Who sees whom, bool [R, 1, L, L]: causally, the prefix and one's own pair; padding sees padding."""
     seen = (owner.unsqueeze(2) == owner.unsqueeze(1)) | (owner == PREFIX).unsqueeze(1)
     return (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()).unsqueeze(1)
+
+
+def _blank_positions(positions: np.ndarray, is_token: Tensor) -> np.ndarray:
+    """Positions in the context and in the blank, [R, 2, L]: the start token has that of its [MASK], and 1."""
+    rows, start = np.arange(len(positions)), is_token.sum(1).numpy() - 1
+    in_blank = np.zeros_like(positions)
+    positions[rows, start], in_blank[rows, start] = start + 1 - MASK_FROM_END, 1
+    return np.stack([positions, in_blank], axis=1)
+
+
+def _blank_mask(is_token: Tensor) -> Tensor:
+    """Who sees whom, bool [R, 1, L, L]: everyone the context, the start token itself too; padding sees padding."""
+    is_start = torch.zeros_like(is_token)
+    is_start[torch.arange(len(is_token)), is_token.sum(1) - 1] = True
+    alike = is_token.unsqueeze(2) == is_token.unsqueeze(1)
+    return (alike & (is_start.unsqueeze(2) | ~is_start.unsqueeze(1))).unsqueeze(1)

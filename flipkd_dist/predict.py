@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe, load_weights
-from flipkd_dist.base import load_tokenizer, shares_prefix
+from flipkd_dist.base import check_base, fills_blank, load_tokenizer, shares_prefix
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -53,7 +53,8 @@ class Matcher:
             bnb_4bit_quant_type=card.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
         )
-        encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length)
+        blank = fills_blank(check_base(base, settings))
+        encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype)
         load_weights(student, folder / WEIGHTS)
         self.threshold, self.student = card.threshold, student.to(device).eval()

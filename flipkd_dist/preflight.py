@@ -14,6 +14,7 @@ from flipkd_dist.base import (
     attention_targets,
     check_base,
     check_parts,
+    fills_blank,
     load_tokenizer,
     shares_prefix,
 )
@@ -92,6 +93,15 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig) -> Non
     last_encoder(model, settings.encoder_module or default_encoder(targets))
 
 
+def _check_positions(base_config: PreTrainedConfig, max_length: int) -> None:
+    """A learnt table of positions ends; rotary ones beyond those of the pretraining are no better."""
+    positions = getattr(base_config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} tokens, but the student's base has {positions} positions: lower it"
+        )
+
+
 def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     """Read and check what the configuration names; starts and writes nothing.
 
@@ -116,8 +126,11 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
     _check_layers(base_config, config.student)
+    _check_positions(base_config, config.data.max_length)
     tokenizer = load_tokenizer(base_folder)
-    encoder = PairEncoder(tokenizer, config.student.prompt, config.student.answers, config.data.max_length)
+    encoder = PairEncoder(
+        tokenizer, config.student.prompt, config.student.answers, config.data.max_length, fills_blank(base_config)
+    )
     spec = StoreSpec(
         fingerprint(teacher_folder),
         config.teacher.pooling,

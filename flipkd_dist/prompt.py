@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from flipkd_dist.errors import UserError
 
+BLANK_START = "<|startofpiece|>"
+MASK_FROM_END = 3  # where [MASK] stands in a pair that ends in a blank, counted from the end of the pair's tokens
 TEMPLATES = {
     "faq": (
         "You know a company's frequently asked questions by heart. Would one and the same answer settle both of these "
@@ -22,7 +24,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair's own tokens, behind the shared prefix: text 1, separator, text 2, suffix. Spans are within `ids`."""
+    """A pair's own tokens, behind the shared prefix: text 1, separator, text 2, suffix. Spans are within `ids`.
+
+    The answer is read at the last token.
+    """
 
     ids: list[int]
     text_a: slice
@@ -55,20 +60,33 @@ def _leading_specials(tokenizer) -> list[int]:
     return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
 
 
+def _blank(tokenizer) -> list[int]:
+    """[MASK] and the end of the context, then the token behind which the blank is filled: the original GLM's."""
+    ids = [tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get(BLANK_START)]
+    if None in ids:
+        raise UserError(
+            f"student.model_name_or_path: its tokenizer lacks [MASK], <|endoftext|> or {BLANK_START}: "
+            "take the one that belongs to this GLM"
+        )
+    return ids
+
+
 class PairEncoder:
     """Turns two texts into tokens under one prompt; the same in training, evaluation, prediction and the registry."""
 
-    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int):
-        """`max_length` counts the tokens of prompt and both texts.
-
+    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int, blank: bool = False):
+        """
+        Args:
+            max_length: counts the tokens of prompt and both texts.
+            blank: whether the base answers in a blank behind the prompt (`base.fills_blank`).
         Raises:
             UserError: a prompt without {text_a} and {text_b} in this order, or too long for `max_length`.
         """
         before, between, after = _split(prompt)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.blank = tokenizer, blank
         self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
         self.separator = _tokens(tokenizer, between)
-        self.suffix = _tokens(tokenizer, after)
+        self.suffix = _tokens(tokenizer, after) + (_blank(tokenizer) if blank else [])
         self.room = max_length - len(self.prefix) - len(self.separator) - len(self.suffix)
         if self.room < 2:
             raise UserError(
@@ -100,18 +118,23 @@ def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:
     return (shorter, room - shorter) if length_a <= length_b else (room - shorter, shorter)
 
 
+def _without_lone_space(tokenizer, ids: list[int]) -> list[int]:
+    return ids[1:] if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁" else ids
+
+
 def answer_ids(tokenizer, answers: list[str], suffix: str) -> list[int]:
     """The single tokens that `answers` are, after a prompt that ends in `suffix`.
 
     Byte-level vocabularies write a word inside a sentence with its leading space, so after a prompt that does not end
-    in white space that form is tried first; both answers take the same form.
+    in white space that form is tried first; both answers take the same form. SentencePiece may write a text's leading
+    space as a token of its own, which no answer inside a sentence has: it is left out.
 
     Raises:
         UserError: no form in which both answers are single, known and distinct tokens.
     """
     spaces = ["", " "] if suffix[-1:].isspace() else [" ", ""]
     for space in spaces:
-        ids = [_tokens(tokenizer, space + answer) for answer in answers]
+        ids = [_without_lone_space(tokenizer, _tokens(tokenizer, space + answer)) for answer in answers]
         single = all(len(one) == 1 and one[0] != tokenizer.unk_token_id for one in ids)
         if single and ids[0] != ids[1]:
             return [ids[0][0], ids[1][0]]

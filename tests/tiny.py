@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from make_glm_original import make_glm_original
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from flipkd_dist.base import load_tokenizer
+from flipkd_dist.base import check_base, fills_blank, load_tokenizer
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.prompt import PairEncoder
@@ -49,6 +50,15 @@ WORDS = [
 SHAPE = dict(
     hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
 )
+GLM_SHAPE = dict(
+    hidden_size=48,
+    num_layers=2,
+    num_attention_heads=4,
+    max_sequence_length=128,
+    embedding_dropout_prob=0.0,
+    attention_dropout_prob=0.0,
+    output_dropout_prob=0.0,
+)
 CAUSAL = {
     "glm": lambda vocab: GlmConfig(vocab_size=vocab, num_key_value_heads=2, head_dim=12, pad_token_id=0, **SHAPE),
     "glm4": lambda vocab: Glm4Config(vocab_size=vocab, num_key_value_heads=2, head_dim=12, pad_token_id=0, **SHAPE),
@@ -67,14 +77,16 @@ def sentences(count: int, seed: int = 0, shortest: int = 2, longest: int = 12) -
     return list(found)
 
 
+CORPUS = [*sentences(200), "Yes", "No", " Yes", " No", "yes no", " yes", " no", "Same? | = Reply:"] * 3
+
+
 def tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
-    corpus = [*sentences(200), "Yes", "No", " Yes", " No", "yes no", " yes", " no", "Same? | = Reply:"] * 3
     if kind == "wordpiece":
         inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         inner.normalizer = normalizers.BertNormalizer(lowercase=True)
         inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
-        inner.train_from_iterator(corpus, trainer)
+        inner.train_from_iterator(CORPUS, trainer)
         ids = [(token, inner.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
         inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
         return PreTrainedTokenizerFast(
@@ -86,14 +98,14 @@ def tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
         inner.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         inner.train_from_iterator(
-            corpus, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["<pad>"])
+            CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["<pad>"])
         )
         return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
     inner = Tokenizer(models.Unigram())  # as SentencePiece does: a space before every text
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     inner.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>", "<s>"], unk_token="<unk>")
-    inner.train_from_iterator(corpus, trainer)
+    inner.train_from_iterator(CORPUS, trainer)
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
     )
@@ -101,7 +113,11 @@ def tokenizer(kind: str = "wordpiece") -> PreTrainedTokenizerFast:
 
 
 def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) -> Path:
-    """A random causal LM and its tokenizer as a Hugging Face folder."""
+    """A random causal LM and its tokenizer as a Hugging Face folder; `glm_original` in its published files."""
+    if family == "glm_original":
+        shape = {**GLM_SHAPE, **changes}
+        make_glm_original(folder, CORPUS, vocab_size=400, seed=seed, std=0.15, **shape)
+        return folder
     words = tokenizer("bytelevel" if family.startswith("qwen") else "wordpiece")  # Qwen's class takes no other
     config = CAUSAL[family](len(words))
     for key, value in changes.items():
@@ -120,8 +136,10 @@ def started_student(
     folder: Path, max_length: int = 120, rank: int = 8, placement=None, **settings
 ) -> tuple[Student, PairEncoder]:
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
-    encoder = PairEncoder(load_tokenizer(folder), "do i same ? {text_a} | {text_b} =", ["yes", "no"], max_length)
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
+    blank = fills_blank(check_base(folder, student_settings))
+    prompt = "do i same ? {text_a} | {text_b} ="
+    encoder = PairEncoder(load_tokenizer(folder), prompt, ["yes", "no"], max_length, blank)
     student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in student.lora_parameters().items():

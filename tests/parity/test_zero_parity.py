@@ -13,6 +13,7 @@ from tiny import WORDS, pair_table, save_student, unit_vectors
 from zero import SGD, start_engine
 
 from flipkd_dist import batches
+from flipkd_dist.base import shares_prefix
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import LossConfig
 from flipkd_dist.order import Order
@@ -32,7 +33,7 @@ def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, c
     world = World.current()
     engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
     student = engine.student
-    make_batch = BatchMaker(encoder, student, share_prefix=True)
+    make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
     step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, loss)
     order = Order(len(pairs), contrast_batch, accumulation, seed=3)
     result = {"losses": [], "gradients": [], "norms": [], "packs": [], "rows": [], "anchors": []}
@@ -90,6 +91,14 @@ def test_zero3_equals_one_process(folder, world_size, num_pairs, accumulation):
     assert np.all(np.array(expected["losses"]) > 0.01)  # every term is there
     ragged = [8, 6] if accumulation == 1 else [8, 8, 6]
     assert np.sum([rank["rows"] for rank in ranks], axis=0).flatten().tolist()[: len(ragged)] == ragged
+
+
+def test_zero3_equals_one_process_with_a_bidirectional_student(tmp_path):
+    """The original GLM from its published files: fused projection, one pair a row, a mask and two positions a token."""
+    _, ranks = compare(save_student(tmp_path, "glm_original"), pair_table(14), 3, 2, 8)
+    held, whole, live = ranks[0]["base"]
+    assert live == 0 and held <= whole / 2 + 100
+    assert ranks[0]["packs"] == [[4], [3]]  # rows are pairs
 
 
 @pytest.mark.parametrize("stage", [1, 2])

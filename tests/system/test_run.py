@@ -169,3 +169,20 @@ def test_another_configuration_in_the_same_folder_is_refused(run):
     _, config, _ = run
     result = call("run", config, "train.learning_rate=1e-3")
     assert result.returncode == 2 and "train.learning_rate" in result.stderr
+
+
+def test_the_original_glm_goes_the_same_way(run, tmp_path):
+    """From its published files to the registry and to predictions."""
+    folder, config, _ = run
+    student = save_student(tmp_path / "glm", "glm_original")
+    result = call("run", config, "name=glm", f"student.model_name_or_path={student}", "train.max_steps=3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    adapter = folder.parent / "glm" / "adapter"
+    assert json.loads((adapter / "flipkd.json").read_text())["encoder_module"] == "query_key_value"
+    assert {name.split(".")[-3] for name in load_file(adapter / "adapter_model.safetensors")} == {"query_key_value"}
+    test, output = yaml.safe_load(config.read_text())["data"]["test"], tmp_path / "answers.jsonl"
+    assert call("predict", adapter.parent, "--input", test, "--output", output).returncode == 0
+    found = [json.loads(line)["p_match"] for line in output.read_text().splitlines()]
+    lines = (folder.parent / "glm" / "predictions-test.jsonl").read_text().splitlines()
+    np.testing.assert_allclose(found, [json.loads(line)["student"] for line in lines], atol=1e-5)
+    assert np.std(found) > 1e-4

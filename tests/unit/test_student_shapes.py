@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Phi3Co
 
 from flipkd_dist.base import attention_targets
 from flipkd_dist.errors import UserError
+from flipkd_dist.glm_original_config import GlmOriginalConfig
 from flipkd_dist.packing import pack
 
 FUSED = {
@@ -109,17 +110,7 @@ def test_files_without_the_prefix_of_the_body(tmp_path, monkeypatch):
             ),
             21.9,
         ),
-        (  # GLM-10B has the blocks of GPT-NeoX; its 8 million position embeddings are left out
-            GPTNeoXConfig(
-                vocab_size=50304,
-                hidden_size=4096,
-                intermediate_size=16384,
-                num_hidden_layers=48,
-                num_attention_heads=64,
-                tie_word_embeddings=True,
-            ),
-            7.54,
-        ),
+        (GlmOriginalConfig(), 7.54),  # GLM-10B: the fused projection
     ],
 )
 def test_trainable_share_is_the_printed_one(config, share):
