@@ -57,7 +57,7 @@ def check_base(folder: Path, settings: StudentConfig):
 def _read_config(folder: Path) -> PreTrainedConfig:
     values, _ = PreTrainedConfig.get_config_dict(folder)
     if is_published_glm(values):
-        return GlmOriginalConfig.from_dict(values)
+        return GlmOriginalConfig.from_dict({**values, "name_or_path": str(folder)})
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

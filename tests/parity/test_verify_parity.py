@@ -53,7 +53,7 @@ def scales(student, world):
         layer.state.absmax = layer.state.absmax.flip(0)
 
 
-def check(folder, stage, spoil=None, verify="always", others=None, **settings):
+def check(folder, stage, spoil=None, verify="always", others=None, share_prefix=True, **settings):
     """The error, if any; the log; how often the base was read again; whether the student is in training again."""
     engine, encoder = start_engine(folder, stage, **settings)
     world, loads, lines = World.current(), [], []
@@ -64,7 +64,7 @@ def check(folder, stage, spoil=None, verify="always", others=None, **settings):
     logger.setLevel(logging.INFO)
     if spoil:
         spoil(engine.student, world)
-    batch = BatchMaker(encoder, engine.student, share_prefix=True)(TEXTS)
+    batch = BatchMaker(encoder, engine.student, share_prefix)(TEXTS)
     load = reload_student(folder, loads, **{**settings, **(others or {})})
     engine.student.train()
     error = None
@@ -84,6 +84,12 @@ def test_a_sound_engine_passes(folder, kind, stage, size):
         assert loads == ([Streamed] if rank == 0 else [])
     [line] = [line for line in ranks[0][1] if line.startswith("the first forward equals an unsharded one up to ")]
     assert float(line.split("up to ")[1].split()[0]) < 1e-5
+
+
+def test_the_original_glm_in_four_bits_passes(tmp_path):
+    folder = save_student(tmp_path, "glm_original")
+    ranks = run_gang(2, partial(check, share_prefix=False, load_in_4bit=True), folder, 3)
+    assert [error for error, *_ in ranks] == [None, None]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

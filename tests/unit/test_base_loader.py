@@ -11,9 +11,9 @@ from tiny import CAUSAL, save_student, sentences, started_student
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from flipkd_dist.base_loader import Streamed, Whole, four_bit_form
+from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.packing import pack
 
 FAMILIES = {
     **CAUSAL,
@@ -39,14 +39,14 @@ class ByParts(Whole):
 
 
 def run(student, encoder, texts=TEXTS):
-    pairs = [encoder.encode(*pair) for pair in texts]
     with torch.no_grad():
-        return student.eval()(**pack(encoder.prefix, pairs, [[i] for i in range(len(pairs))]).tensors("cpu"))
+        return student.eval()(**BatchMaker(encoder, student, share_prefix=False)(texts).tensors("cpu"))
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, "glm_original"])
 def family(request, monkeypatch):
-    monkeypatch.setitem(tiny.CAUSAL, request.param, FAMILIES[request.param])
+    if request.param in FAMILIES:
+        monkeypatch.setitem(tiny.CAUSAL, request.param, FAMILIES[request.param])
     return request.param
 
 
