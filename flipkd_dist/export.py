@@ -13,7 +13,7 @@ from flipkd_dist.base import check_base, load_tokenizer
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.drift import Before, default_pairs
 from flipkd_dist.errors import UserError
-from flipkd_dist.merge import Merge, lora_updates, stored_tensors
+from flipkd_dist.merge import plan_merge
 from flipkd_dist.merged_card import merged_card
 from flipkd_dist.predict import find_base
 from flipkd_dist.predict_file import local_adapter, read_texts
@@ -55,7 +55,7 @@ def export(
         card = AdapterCard.read(adapter)
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
-        plan = plan_merge(base, adapter)
+        plan = plan_merge(check_base(base, StudentConfig(model_name_or_path=str(base))), base, adapter)
         check_space(output, plan.nbytes)
         encoder = PairEncoder(load_tokenizer(adapter), card.prompt, card.answers, card.max_length)
         before = Before(adapter, base_model, texts or default_pairs(card, Path(model))) if probe else None
@@ -75,12 +75,6 @@ def merge_mode(card: AdapterCard, wanted: str | None) -> str:
     if wanted == "dequantized" and trained_on == "original":
         raise UserError("--merge dequantized: this adapter was not trained on a 4-bit base: take --merge original")
     return wanted or trained_on
-
-
-def plan_merge(base: Path, adapter: Path) -> Merge:
-    config = check_base(base, StudentConfig(model_name_or_path=str(base)))
-    stored = stored_tensors(base)
-    return Merge(stored, lora_updates(config, stored, adapter), adapter)
 
 
 def write_companions(folder: Path, base: Path, encoder: PairEncoder) -> None:

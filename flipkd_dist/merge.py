@@ -85,13 +85,25 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return found
 
 
-def lora_updates(config, stored: list[StoredTensor], adapter: Path) -> dict[str, LoraUpdate]:
-    """The update of each weight that has LoRA, by the weight's name in the base's files.
+def plan_merge(config, base: Path, adapter: Path) -> "Merge":
+    """Read headers and names, and find out what becomes of each tensor.
 
     Args:
         config: the base's; its modules are built without weights, to tell what is stored transposed.
     Raises:
-        UserError: an adapter that is no plain LoRA of this base's linear layers.
+        UserError: a damaged base, or an adapter that is no plain LoRA of its linear layers.
+    """
+    stored = {one.name: one for one in stored_tensors(base)}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return Merge(list(stored.values()), lora_updates(model, stored, adapter), adapter)
+
+
+def lora_updates(model: nn.Module, weights: dict[str, StoredTensor], adapter: Path) -> dict[str, LoraUpdate]:
+    """The update of each weight that has LoRA, by the weight's name in the base's files.
+
+    Raises:
+        UserError: an adapter that is no plain LoRA of these linear layers.
     """
     lora = read_json(adapter / "adapter_config.json")
     try:
@@ -103,9 +115,6 @@ def lora_updates(config, stored: list[StoredTensor], adapter: Path) -> dict[str,
     variant = next((key for key in VARIANTS if lora.get(key)), None)
     if variant or lora.get("bias", "none") != "none":
         raise UserError(f"{adapter}: {variant or 'bias'} is set, only plain LoRA is merged: train without it")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    weights = {one.name: one for one in stored}
     updates = {}
     for name in shapes:
         match = LORA_NAME.fullmatch(name)

@@ -16,7 +16,7 @@ from peft_reference import CARD
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, pair_table, save_student, sentences, started_student
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from flipkd_dist import cli, drift, merge
 from flipkd_dist import export as export_module
@@ -33,12 +33,16 @@ from flipkd_dist.world import World
 
 TEXTS = pair_texts(pair_table(6))
 LONG = tuple(" ".join(sentences(20, seed, 6)) for seed in (3, 4))  # longer than the card's 120 tokens
+FILE = "model.safetensors"
 CAUSAL.setdefault("gpt2", lambda vocab: GPT2Config(vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=512))
 
 
 def trained(folder, family="glm", dtype=torch.float32, **changes):
     """The adapter folder of a student in the middle of training; the base lies beside it."""
     base = save_student(folder / "base", family, **changes)
+    if family == "gpt2":  # as published: without the body's prefix
+        state = {name.removeprefix("transformer."): value for name, value in load_file(base / FILE).items()}
+        save_file(state, base / FILE, metadata={"format": "pt"})
     if dtype != torch.float32:
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
     student, encoder = started_student(base, lora_alpha=4.0)  # of rank 8: a scaling of one half
@@ -144,11 +148,16 @@ def test_a_base_in_shards_with_mixed_types(adapter, tmp_path):
     (base / merge.INDEX).write_text(json.dumps(index))
     stored = stored_tensors(base)
     assert len({one.path for one in stored}) > 3
-    merge.Merge(stored, {}, adapter).write(tmp_path, 10**9)
-    found = read(tmp_path)
+    target = tmp_path / "merged"
+    target.mkdir()
+    merge.Merge(stored, {}, adapter).write(target, 10**9)
+    shutil.copy(base / "config.json", target)
+    found = read(target)
     for path in base.glob("*.safetensors"):
         for name, value in load_file(path).items():
             assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
+    for one in stored_tensors(target):
+        assert one.start % max(1, one.itemsize) == 0, one  # some readers look at the bytes as they lie
 
 
 def living_bytes(earlier):
@@ -195,7 +204,7 @@ def test_no_more_than_one_tensor_and_its_update_is_in_memory(tmp_path, monkeypat
     monkeypatch.setattr(merge.Path, "open", noted)
     monkeypatch.setattr(merge, "CHUNK", 4096)
     adapter = trained(tmp_path, num_hidden_layers=6)
-    plan = export_module.plan_merge(tmp_path / "base", adapter)
+    plan = merge.plan_merge(AutoConfig.from_pretrained(tmp_path / "base"), tmp_path / "base", adapter)
     earlier = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
     plan.write(tmp_path, 10**9)
     widest = max(one.nbytes for one in plan.stored if one.name in plan.updates)
