@@ -1,51 +1,27 @@
 """A LoRA adapter merged into its base, from safetensors files to safetensors files, one tensor in memory at a time.
 
-The output is planned from the headers of the base's files and written front to back, so that its shards may be larger
-than the memory. Names, shapes and types are those of the base's files. Shapes: W [out, in], A [r, in], B [out, r].
+Shapes: W [out, in], A [r, in], B [out, r]; Conv1D (GPT-2) stores W as [in, out].
 """
 
-import json
-import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from flipkd_dist.adapter import WEIGHTS
 from flipkd_dist.errors import UserError
-from flipkd_dist.model_files import check_files, one_line
-from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.model_files import one_line
+from flipkd_dist.run_folder import read_json
+from flipkd_dist.shard_files import StoredTensor, stored_tensors, write_shards
 
-KEY = "student.model_name_or_path"
-CHUNK = 2**24  # bytes copied at once
-INDEX = "model.safetensors.index.json"
 LORA_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Variants of LoRA whose update is not (alpha / r) B A; `flipkd train` makes none of them.
 VARIANTS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file."""
-
-    name: str
-    path: Path
-    dtype: str  # as safetensors writes it
-    shape: tuple[int, ...]
-    start: int  # byte of the file
-    nbytes: int
-
-    @property
-    def itemsize(self) -> int:
-        return self.nbytes // max(1, prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -56,33 +32,6 @@ class LoraUpdate:
     up: str  # B's
     scaling: float
     transposed: bool
-
-
-def stored_tensors(folder: Path) -> list[StoredTensor]:
-    """What a model's safetensors files hold, read from their headers.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    check_files(folder, KEY)
-    single, index = folder / "model.safetensors", read_json(folder / INDEX)
-    if single.is_file():  # transformers prefers it to an index
-        paths = [single]
-    elif index:
-        paths = sorted({folder / name for name in index["weight_map"].values()})
-    else:
-        raise UserError(f"{KEY}: {folder} has neither model.safetensors nor {INDEX}: save it with save_pretrained")
-    found = []
-    for path in paths:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            start = 8 + length + first
-            found.append(StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), start, last - first))
-    return found
 
 
 def plan_merge(config, base: Path, adapter: Path) -> "Merge":
@@ -149,85 +98,27 @@ def _target(model: nn.Module, name: str, weights: dict[str, StoredTensor], adapt
 
 
 class Merge:
-    """What is written where, and the values of the tensors that change; everything else is copied byte by byte."""
+    """Which tensors change, and to what; everything else is copied byte by byte."""
 
     def __init__(self, stored: list[StoredTensor], updates: dict[str, LoraUpdate], adapter: Path):
         self.stored, self.updates, self.adapter = stored, updates, adapter
         self.nbytes = sum(one.nbytes for one in stored)
 
-    def value(self, stored: StoredTensor) -> Tensor:
-        """The merged weight in the type of the base's file; computed in fp32."""
+    def write(self, folder: Path, max_shard_size: int) -> None:
+        """Shards of at most `max_shard_size` bytes of tensors, and their index."""
+        write_shards(folder, self.stored, self.value, max_shard_size)
+
+    def value(self, stored: StoredTensor) -> Tensor | None:
+        """The merged weight in the type of the base's file, computed in fp32; None where the file's bytes stay."""
+        if stored.name not in self.updates:
+            return None
         with safe_open(stored.path, framework="pt") as file:
             weight = file.get_tensor(stored.name)
-        return self._updated(weight, stored.name).to(weight.dtype)
+        return self._updated(weight.float(), self.updates[stored.name]).to(weight.dtype)
 
-    def _updated(self, weight: Tensor, name: str) -> Tensor:
-        if name not in self.updates:
-            return weight
-        update = self.updates[name]
+    def _updated(self, weight: Tensor, update: LoraUpdate) -> Tensor:
         with safe_open(self.adapter / WEIGHTS, framework="pt") as file:
             down, up = file.get_tensor(update.down).float(), file.get_tensor(update.up).float()
         if update.transposed:
             down, up = up.T, down.T  # (B A)' = A' B'
-        return weight.float().addmm_(up, down, alpha=update.scaling)
-
-    def changes(self, name: str) -> bool:
-        return name in self.updates
-
-    def write(self, folder: Path, max_shard_size: int) -> None:
-        """Shards of at most `max_shard_size` bytes of tensors (one larger tensor fills a shard alone), and the index.
-
-        Source of the format: https://huggingface.co/docs/safetensors, section Format.
-        """
-        shards = plan_shards(self.stored, max_shard_size)
-        total, weight_map = len(shards), {}
-        with tqdm(total=self.nbytes, desc="merge", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            for number, shard in enumerate(shards, 1):
-                name = "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
-                self._write_shard(folder / name, shard, bar.update)
-                weight_map |= {stored.name: name for stored in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
-
-    def _write_shard(self, path: Path, shard: list[StoredTensor], written: Callable[[int], object]) -> None:
-        # Wide types first: a reader views the bytes as they lie, and they must be aligned.
-        shard = sorted(shard, key=lambda one: -one.itemsize)
-        header, at = {"__metadata__": {"format": "pt"}}, 0
-        for one in shard:
-            header[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [at, at + one.nbytes]}
-            at += one.nbytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for one in shard:
-                if self.changes(one.name):
-                    file.write(self.value(one).contiguous().view(torch.uint8).numpy())
-                else:
-                    _copy(one, file)
-                written(one.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def plan_shards(stored: list[StoredTensor], max_shard_size: int) -> list[list[StoredTensor]]:
-    """The tensors in their order, divided where the next one would exceed `max_shard_size` bytes."""
-    shards, size = [[]], 0
-    for one in stored:
-        if shards[-1] and size + one.nbytes > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(one)
-        size += one.nbytes
-    return shards
-
-
-def _copy(stored: StoredTensor, target) -> None:
-    left = stored.nbytes
-    with stored.path.open("rb") as file:
-        file.seek(stored.start)
-        while left:
-            part = file.read(min(CHUNK, left))
-            if not part:
-                raise UserError(f"{stored.path}: ends inside {stored.name}: get the base again")
-            target.write(part)
-            left -= len(part)
+        return weight.addmm_(up, down, alpha=update.scaling)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, pair_table, save_student, sentences, started_student
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from flipkd_dist import cli, drift, merge
+from flipkd_dist import cli, drift, merge, shard_files
 from flipkd_dist import export as export_module
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, Probe, save_adapter
 from flipkd_dist.batches import BatchMaker
@@ -26,9 +26,9 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import pair_texts, student_scores
 from flipkd_dist.export import export, size_in_bytes
-from flipkd_dist.merge import plan_shards, stored_tensors
 from flipkd_dist.model_files import fingerprint
 from flipkd_dist.predict import Matcher
+from flipkd_dist.shard_files import INDEX, StoredTensor, plan_shards, stored_tensors, write_shards
 from flipkd_dist.world import World
 
 TEXTS = pair_texts(pair_table(6))
@@ -61,7 +61,7 @@ def trained(folder, family="glm", dtype=torch.float32, **changes):
 
 def read(folder):
     """Every tensor of a folder, through its index."""
-    index = json.loads((folder / merge.INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text())
     found = {}
     for name, file in index["weight_map"].items():
         with safe_open(folder / file, framework="pt") as tensors:
@@ -143,14 +143,14 @@ def test_a_base_in_shards_with_mixed_types(adapter, tmp_path):
         "e.long": torch.tensor([1, 2]),
     }
     save_file(extra, base / "extra.safetensors")
-    index = json.loads((base / merge.INDEX).read_text())
+    index = json.loads((base / INDEX).read_text())
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
-    (base / merge.INDEX).write_text(json.dumps(index))
+    (base / INDEX).write_text(json.dumps(index))
     stored = stored_tensors(base)
     assert len({one.path for one in stored}) > 3
     target = tmp_path / "merged"
     target.mkdir()
-    merge.Merge(stored, {}, adapter).write(target, 10**9)
+    write_shards(target, stored, lambda _: None, 10**9)
     shutil.copy(base / "config.json", target)
     found = read(target)
     for path in base.glob("*.safetensors"):
@@ -189,10 +189,10 @@ class Written:
 def test_no_more_than_one_tensor_and_its_update_is_in_memory(tmp_path, monkeypatch):
     """Bytes of living tensors after every product, and of what is handed to a file at once."""
     living, sizes = [], []
-    updated, open_ = merge.Merge._updated, merge.Path.open
+    updated, open_ = merge.Merge._updated, shard_files.Path.open
 
-    def accounted(self, weight, name):
-        value = updated(self, weight, name)
+    def accounted(self, weight, update):
+        value = updated(self, weight, update)
         living.append(living_bytes(earlier))
         return value
 
@@ -201,8 +201,8 @@ def test_no_more_than_one_tensor_and_its_update_is_in_memory(tmp_path, monkeypat
         return Written(file, sizes) if mode == "wb" else file
 
     monkeypatch.setattr(merge.Merge, "_updated", accounted)
-    monkeypatch.setattr(merge.Path, "open", noted)
-    monkeypatch.setattr(merge, "CHUNK", 4096)
+    monkeypatch.setattr(shard_files.Path, "open", noted)
+    monkeypatch.setattr(shard_files, "CHUNK", 4096)
     adapter = trained(tmp_path, num_hidden_layers=6)
     plan = merge.plan_merge(AutoConfig.from_pretrained(tmp_path / "base"), tmp_path / "base", adapter)
     earlier = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
@@ -216,7 +216,7 @@ def test_no_more_than_one_tensor_and_its_update_is_in_memory(tmp_path, monkeypat
 
 def test_the_plan_of_shards():
     sizes = {"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}
-    stored = [merge.StoredTensor(name, None, "U8", (size,), 0, size) for name, size in sizes.items()]
+    stored = [StoredTensor(name, None, "U8", (size,), 0, size) for name, size in sizes.items()]
     assert [[one.name for one in shard] for shard in plan_shards(stored, 8)] == [["a", "b"], ["c"], ["d", "e"]]
     assert [len(shard) for shard in plan_shards(stored, 1)] == [1] * 5
     assert [len(shard) for shard in plan_shards(stored, 25)] == [5]
@@ -284,7 +284,12 @@ def test_drift_is_measured_on_the_folder_that_was_written(adapter, tmp_path, mon
     export(str(adapter), tmp_path / "merged")
     assert measured[-1].num_pairs == 9 and measured[-1].largest < 1e-5 and measured[-1].num_changed == 0
     merged_value = merge.Merge.value
-    monkeypatch.setattr(merge.Merge, "value", lambda self, one: merged_value(self, one) * 2)
+
+    def doubled(self, one):
+        value = merged_value(self, one)
+        return None if value is None else 2 * value
+
+    monkeypatch.setattr(merge.Merge, "value", doubled)
     probes = tmp_path / "probes.csv"
     probes.write_text("one,other\n" + "".join(f"{a},{b}\n" for a, b in TEXTS))
     export(str(adapter), tmp_path / "other", probes=probes, text_a="one", text_b="other")
@@ -326,7 +331,7 @@ def test_an_interrupted_export_leaves_no_folder(adapter, tmp_path, where, how):
         raise how
 
     with pytest.MonkeyPatch.context() as patch:
-        owner = {"_write_shard": merge.Merge, "os.replace": os}.get(where, export_module)
+        owner = {"_write_shard": shard_files, "os.replace": os}.get(where, export_module)
         real = os.replace
         name = where.removeprefix("os.")
         by_name = (lambda a, b: fail() if b == output else real(a, b)) if name == "replace" else fail
