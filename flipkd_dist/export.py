@@ -13,6 +13,7 @@ from flipkd_dist.base import check_base, load_tokenizer
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.drift import Before, default_pairs
 from flipkd_dist.errors import UserError
+from flipkd_dist.fourbit import FourBit
 from flipkd_dist.merge import plan_merge
 from flipkd_dist.merged_card import merged_card
 from flipkd_dist.predict import find_base
@@ -55,7 +56,9 @@ def export(
         card = AdapterCard.read(adapter)
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
-        plan = plan_merge(check_base(base, StudentConfig(model_name_or_path=str(base))), base, adapter)
+        config = check_base(base, StudentConfig(model_name_or_path=str(base)))
+        form = FourBit(card.bnb_4bit_quant_type, card.bnb_4bit_use_double_quant) if mode == "dequantized" else None
+        plan = plan_merge(config, base, adapter, form)
         check_space(output, plan.nbytes)
         encoder = PairEncoder(load_tokenizer(adapter), card.prompt, card.answers, card.max_length)
         before = Before(adapter, base_model, texts or default_pairs(card, Path(model))) if probe else None
@@ -71,10 +74,9 @@ def export(
 
 def merge_mode(card: AdapterCard, wanted: str | None) -> str:
     """What the adapter is merged into: what was asked for, else what it was trained on."""
-    trained_on = "original"
-    if wanted == "dequantized" and trained_on == "original":
+    if wanted == "dequantized" and not card.load_in_4bit:
         raise UserError("--merge dequantized: this adapter was not trained on a 4-bit base: take --merge original")
-    return wanted or trained_on
+    return wanted or ("dequantized" if card.load_in_4bit else "original")
 
 
 def write_companions(folder: Path, base: Path, encoder: PairEncoder) -> None:

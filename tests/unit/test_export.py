@@ -37,15 +37,19 @@ FILE = "model.safetensors"
 CAUSAL.setdefault("gpt2", lambda vocab: GPT2Config(vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=512))
 
 
-def trained(folder, family="glm", dtype=torch.float32, **changes):
-    """The adapter folder of a student in the middle of training; the base lies beside it."""
+def trained(folder, family="glm", dtype=torch.float32, settings=None, **changes):
+    """The adapter folder of a student in the middle of training; the base lies beside it.
+
+    `dtype` is that of the base's files, `settings` are of StudentConfig, `changes` of the base's configuration.
+    """
+    settings = settings or {}
     base = save_student(folder / "base", family, **changes)
     if family == "gpt2":  # as published: without the body's prefix
         state = {name.removeprefix("transformer."): value for name, value in load_file(base / FILE).items()}
         save_file(state, base / FILE, metadata={"format": "pt"})
     if dtype != torch.float32:
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
-    student, encoder = started_student(base, lora_alpha=4.0)  # of rank 8: a scaling of one half
+    student, encoder = started_student(base, lora_alpha=4.0, **settings)  # of rank 8: a scaling of one half
     state = {name: value.detach().clone() for name, value in student.lora_parameters().items()}
     [p_match], _ = student_scores(student, World(), BatchMaker(encoder, student, True), [("card", "pin")], 1)
     card = dataclasses.replace(
@@ -54,6 +58,7 @@ def trained(folder, family="glm", dtype=torch.float32, **changes):
         base_fingerprint=fingerprint(base),
         encoder_module=student.encoder_module,
         probe=Probe("card", "pin", p_match, 0.5),
+        **settings,
     )
     save_adapter(folder / "adapter", student, state, encoder.tokenizer, card)
     return folder / "adapter"
