@@ -319,7 +319,7 @@ def test_probe_pairs(adapter, tmp_path):
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     pairs = drift.default_pairs(card, tmp_path)
     assert len(pairs) == len(set(pairs)) == 64 and pairs[0] == ("card", "pin")
-    assert any(pair[0] in texts[:60] for pair in pairs) and any(pair[0] in texts[100:160] for pair in pairs)
+    assert 28 <= sum(pair[0] in texts[100:160] for pair in pairs) <= 35  # spread over both files
     for name in ("validation", "test"):
         (tmp_path / f"{name}.jsonl").unlink()
     assert drift.default_pairs(card, tmp_path) == [("card", "pin"), *drift.BUILT_IN]
