@@ -111,6 +111,34 @@ def predict(model, input_, output, text_a, text_b, batch_size, base_model, track
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder to write; new or empty.")
+@click.option(
+    "--merge",
+    type=click.Choice(["original", "dequantized"]),
+    help="Into the base's original weights, or into what 4-bit layers multiply with. Default: as it was trained.",
+)
+@click.option("--base-model", help="Where the base is, if not where it was in training.")
+@click.option(
+    "--probes",
+    type=click.Path(path_type=Path),
+    help="Pairs on which the drift of p(match) is measured. Default: pairs of the run, else a few of our own.",
+)
+@click.option("--text-a", default="text_a", show_default=True, help="Column of the first text of --probes.")
+@click.option("--text-b", default="text_b", show_default=True, help="Column of the second text of --probes.")
+@click.option("--no-probe", is_flag=True, help="Measure nothing: probing loads the models whole, one after the other.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Bytes of tensors in a file: 5GB, 500MB.")
+@click.option(
+    "--tracking-uri", help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db."
+)
+def export(model, output, merge, base_model, probes, text_a, text_b, no_probe, max_shard_size, tracking_uri) -> None:
+    """Merge an adapter into its base: a plain Hugging Face folder. MODEL as in `predict`."""
+    from flipkd_dist.export import export
+
+    export(model, output, merge, base_model, probes, text_a, text_b, max_shard_size, tracking_uri, probe=not no_probe)
+
+
+@cli.command()
 @click.option(
     "--input",
     "input_",

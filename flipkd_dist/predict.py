@@ -31,11 +31,7 @@ class Matcher:
             RuntimeError: the adapter does not answer its probe pair as it did when it was saved.
         """
         card = AdapterCard.read(folder)
-        base = resolve_model(base_model or card.base_model, "student.model_name_or_path")
-        if fingerprint(base) != card.base_fingerprint:
-            raise UserError(
-                f"student.model_name_or_path: {base} is not the base that {folder} was trained on: name that one"
-            )
+        base = find_base(card, folder, base_model)
         lora = read_json(folder / "adapter_config.json")
         if lora is None or not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder}: adapter_config.json or {WEIGHTS} is missing: name a complete adapter folder")
@@ -66,6 +62,22 @@ class Matcher:
     def predict(self, texts: list[tuple[str, str]], batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
         """p(match) and the cosine of the read-outs of each pair, float64 [N] each; `batch_size` in pairs."""
         return student_scores(self.student, self.world, self.make_batch, texts, batch_size, "predict")
+
+
+def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:
+    """The folder of the base that the adapter in `folder` was trained on.
+
+    Args:
+        base_model: where it is, if not where it was in training.
+    Raises:
+        UserError: not found, or another one.
+    """
+    base = resolve_model(base_model or card.base_model, "student.model_name_or_path")
+    if fingerprint(base) != card.base_fingerprint:
+        raise UserError(
+            f"student.model_name_or_path: {base} is not the base that {folder} was trained on: name that one"
+        )
+    return base
 
 
 def adapter_folder(model: str) -> Path:

@@ -3,6 +3,8 @@
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flipkd_dist.errors import UserError
@@ -12,8 +14,13 @@ from flipkd_dist.predict import Matcher, adapter_folder
 from flipkd_dist.registry import download_adapter
 
 
-def _pair(record: Record, text_a: str, text_b: str) -> tuple[Record, tuple[str, str]]:
-    return record, (text_of(record, text_a, "--text-a"), text_of(record, text_b, "--text-b"))
+def read_texts(source: Path, text_a: str, text_b: str) -> list[tuple[Record, tuple[str, str]]]:
+    """Each record of a file with its two texts."""
+
+    def texts(record: Record) -> tuple[Record, tuple[str, str]]:
+        return record, (text_of(record, text_a, "--text-a"), text_of(record, text_b, "--text-b"))
+
+    return read_fields(source, texts)
 
 
 def predict_file(
@@ -34,15 +41,11 @@ def predict_file(
     check_output(output)
     if output.resolve() == Path(source).resolve():
         raise UserError(f"--output {output}: this is the input: name another file")
-    pairs = read_fields(source, _pair, text_a, text_b)
+    pairs = read_texts(source, text_a, text_b)
     if not pairs:
         raise UserError(f"--input {source}: no pairs in it: name a file that has some")
-    if model.startswith("models:/"):
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(model)
-        with tempfile.TemporaryDirectory(prefix="flipkd-") as folder:
-            matcher = Matcher(download_adapter(uri, model, folder), base_model)
-    else:
-        matcher = Matcher(adapter_folder(model), base_model)
+    with local_adapter(model, tracking_uri) as adapter:
+        matcher = Matcher(adapter, base_model)
     p_match, similarity = matcher.predict([texts for _, texts in pairs], batch_size)
     write_records(
         {
@@ -53,6 +56,17 @@ def predict_file(
         }
     )
     return len(pairs)
+
+
+@contextmanager
+def local_adapter(model: str, tracking_uri: str | None) -> Iterator[Path]:
+    """The adapter folder of a run folder, an adapter folder or a registered `models:/` name (downloaded meanwhile)."""
+    if not model.startswith("models:/"):
+        yield adapter_folder(model)
+        return
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(model)
+    with tempfile.TemporaryDirectory(prefix="flipkd-") as folder:
+        yield download_adapter(uri, model, folder)
 
 
 def local_tracking_uri(model: str) -> str:
