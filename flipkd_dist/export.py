@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flipkd_dist.adapter import AdapterCard
-from flipkd_dist.base import check_base, load_tokenizer
+from flipkd_dist.base import check_base, fills_blank, load_tokenizer
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.drift import Before, default_pairs
 from flipkd_dist.errors import UserError
@@ -57,6 +57,11 @@ def export(
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
         config = check_base(base, StudentConfig(model_name_or_path=str(base)))
+        if fills_blank(config):
+            raise UserError(
+                f"{base}: transformers has no class for the original GLM, so there is no plain folder of it: "
+                "predict with the adapter"
+            )
         form = FourBit(card.bnb_4bit_quant_type, card.bnb_4bit_use_double_quant) if mode == "dequantized" else None
         plan = plan_merge(config, base, adapter, form)
         check_space(output, plan.nbytes)

@@ -34,7 +34,13 @@ from flipkd_dist.world import World
 TEXTS = pair_texts(pair_table(6))
 LONG = tuple(" ".join(sentences(20, seed, 6)) for seed in (3, 4))  # longer than the card's 120 tokens
 FILE = "model.safetensors"
-CAUSAL.setdefault("gpt2", lambda vocab: GPT2Config(vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=512))
+
+
+@pytest.fixture(autouse=True)
+def gpt2(monkeypatch):
+    """A family whose projections are stored transposed, for these tests alone."""
+    config = lambda vocab: GPT2Config(vocab_size=vocab, n_embd=48, n_layer=2, n_head=4, n_positions=512)  # noqa: E731
+    monkeypatch.setitem(CAUSAL, "gpt2", config)
 
 
 def trained(folder, family="glm", dtype=torch.float32, settings=None, **changes):
@@ -102,6 +108,13 @@ def test_as_peft_merges_in_the_base_files_names_shapes_and_types(tmp_path, famil
         torch.testing.assert_close(plain.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
     expected = {"gpt2": "c_attn"}.get(family, "[qkvo]_proj")
     assert {name for name in files if re.search(rf"{expected}\.weight$", name)} == changed(base, found)
+
+
+def test_the_original_glm_is_refused(tmp_path):
+    adapter = trained(tmp_path, "glm_original")
+    with pytest.raises(UserError, match="transformers has no class for the original GLM"):
+        export(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_in_bf16_is_merged_in_fp32_and_rounded_once(tmp_path):
