@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from transformers import (
 )
 
 from flipkd_dist.base import check_base, fills_blank, load_tokenizer
-from flipkd_dist.config import StudentConfig
+from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.pairs import PairTable
+from flipkd_dist.preflight import check_inputs
 from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.student import Student, load_student
+from flipkd_dist.teacher import Teacher
 
 WORDS = [
     "card",
@@ -202,3 +206,24 @@ def unit_vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
     """Unit vectors whose cosines spread over both sides of 0.5."""
     vectors = np.random.default_rng(seed).normal(0.42, 0.4, size=(count, width)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write_pairs(path: Path, count: int, seed: int) -> str:
+    """A text and a variant of it match, two texts do not; every fifth negative is called hard. The path."""
+    texts = sentences(2 * count, seed, shortest=4)
+    with path.open("w") as file:
+        for number in range(count):
+            match = number % 2
+            other = f"{texts[number]} please" if match else texts[count + number]
+            kind = "positive" if match else "hard" if number % 10 == 0 else "random"
+            record = {"id": f"p{number}", "text_a": texts[number], "text_b": other, "label": match, "kind": kind}
+            file.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+def fill_store(config: RunConfig) -> None:
+    """Score every text of the run here, without Ray."""
+    inputs = check_inputs(config)
+    inputs.folder.open()
+    teacher = Teacher(inputs.teacher_folder, config.teacher.pooling, config.teacher.max_length)
+    score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))

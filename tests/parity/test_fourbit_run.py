@@ -7,27 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gang import run_gang
-from tiny import save_student, save_teacher, sentences
+from tiny import fill_store, save_student, save_teacher, write_pairs
 
 from flipkd_dist.adapter import AdapterCard
 from flipkd_dist.config import RunConfig
+from flipkd_dist.evaluation import evaluate
 from flipkd_dist.predict import Matcher
-from flipkd_dist.preflight import check_inputs
 from flipkd_dist.run_folder import read_json, write_json
-from flipkd_dist.score import score, score_shards_here
-from flipkd_dist.teacher import Teacher
-from flipkd_dist.train import evaluate, train
+from flipkd_dist.train import train
 
 pytestmark = pytest.mark.parity
-
-
-def write_pairs(path: Path, count: int, seed: int) -> str:
-    texts = sentences(2 * count, seed, shortest=4)
-    with path.open("w") as file:
-        for number in range(count):
-            other = f"{texts[number]} please" if number % 2 else texts[count + number]
-            file.write(json.dumps({"text_a": texts[number], "text_b": other, "label": number % 2}) + "\n")
-    return str(path)
 
 
 def work(config: RunConfig):
@@ -64,10 +53,7 @@ def run(tmp_path_factory):
         loss={"threshold": None},
         train={"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
     )
-    inputs = check_inputs(config)
-    inputs.folder.open()
-    teacher = Teacher(inputs.teacher_folder, config.teacher.pooling, config.teacher.max_length)
-    score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))
+    fill_store(config)
     logs = run_gang(2, work, config)
     return config, logs
 

@@ -6,35 +6,22 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from gang import gang, run_gang
 from safetensors.torch import load_file
-from tiny import save_student, save_teacher, sentences
+from tiny import fill_store, save_student, save_teacher, write_pairs
 
 from flipkd_dist.checkpoint import MANIFEST, newest_checkpoint
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.errors import StoppedOnRequest
-from flipkd_dist.preflight import check_inputs
 from flipkd_dist.progress import Progress
-from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.slices import MOMENTS
-from flipkd_dist.teacher import Teacher
 from flipkd_dist.train import train
 
 pytestmark = pytest.mark.parity
 STEPS, SAVE_STEPS = 9, 2
-
-
-def write_pairs(path: Path, count: int, seed: int) -> str:
-    texts = sentences(2 * count, seed, shortest=4)
-    with path.open("w") as file:
-        for number in range(count):
-            other = f"{texts[number]} please" if number % 2 else texts[count + number]
-            file.write(json.dumps({"text_a": texts[number], "text_b": other, "label": number % 2}) + "\n")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +54,7 @@ def prepared(tmp_path_factory) -> RunConfig:
         },
     }
     config = validate(values, "test")
-    inputs = check_inputs(config)
-    teacher = Teacher(inputs.teacher_folder, config.teacher.pooling, config.teacher.max_length)
-    score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))
+    fill_store(config)
     return config
 
 

@@ -10,23 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tiny import save_student, save_teacher, sentences
+from tiny import save_student, save_teacher, write_pairs
 
 pytestmark = pytest.mark.system
 FLIPKD = [sys.executable, "-m", "flipkd_dist"]
-
-
-def write_pairs(path: Path, count: int, seed: int) -> Path:
-    """A text and a variant of it match, two texts do not; every fifth negative is called hard."""
-    texts = sentences(2 * count, seed, shortest=4)
-    with path.open("w") as file:
-        for number in range(count):
-            match = number % 2
-            other = f"{texts[number]} please" if match else texts[count + number]
-            kind = "positive" if match else "hard" if number % 10 == 0 else "random"
-            record = {"id": f"p{number}", "text_a": texts[number], "text_b": other, "label": match, "kind": kind}
-            file.write(json.dumps(record) + "\n")
-    return path
 
 
 def tiny_config(folder: Path) -> Path:
