@@ -43,6 +43,9 @@ class AdapterCard:
     probe: Probe
     attn_implementation: str = "auto"
     dtype: str = "float32"  # of training: float32 or bfloat16
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_use_double_quant: bool = True
     format_version: int = 1
 
     @classmethod

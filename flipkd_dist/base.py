@@ -3,8 +3,6 @@
 import inspect
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -12,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line
+from flipkd_dist.weight_files import Weights, stored_name
 
 FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -26,6 +25,11 @@ def check_base(folder: Path, settings: StudentConfig):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"student.model_name_or_path: {name} brings its own code (trust_remote_code), which is never run: take "
+                "its edition for transformers' own classes, often named -hf"
+            ) from None
         raise UserError(
             f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
         ) from None
@@ -35,7 +39,10 @@ def check_base(folder: Path, settings: StudentConfig):
             f"student.model_name_or_path: {name} ({config.model_type}) is not a causal LM of text: take one"
         )
     if getattr(config, "quantization_config", None):
-        raise UserError(f"student.model_name_or_path: {name} is quantised already: take the original weights")
+        raise UserError(
+            f"student.model_name_or_path: {name} is quantised already: take the original weights, and "
+            "student.load_in_4bit to train on four bits"
+        )
     for key in LOGIT_TRANSFORMS:
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(
@@ -99,26 +106,27 @@ def attention_targets(model: nn.Module) -> list[str]:
     )
 
 
-def output_rows(model: nn.Module, folder: Path, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+def output_rows(model: nn.Module, weights: Weights, rows: list[int], name: str) -> tuple[Tensor, Tensor | None]:
     """Rows [2, hidden] and bias [2] of the output matrix, read from the files: its parameter may be partitioned."""
     head = model.get_output_embeddings()
     # A tied matrix has several names, of which the files hold one.
-    weight_names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
-    head_name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-    # Files may leave out the body's prefix (GPT-2) or keep a name of old (GPT-NeoX), which transformers maps.
-    stored_names = [name.removeprefix(f"{model.base_model_prefix}.") for name in weight_names]
-    stored_names += ["embed_out.weight"] if head_name == "lm_head" else []
-    weight = _read_rows(folder, [*weight_names, *stored_names], rows)
-    if weight is None:
-        raise UserError(f"student.model_name_or_path: no tensor {' or '.join(weight_names)} in {folder}: not supported")
-    return weight, _read_rows(folder, [f"{head_name}.bias"], rows) if getattr(head, "bias", None) is not None else None
+    names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
+    if model.config.tie_word_embeddings:
+        names += [f"{path}.weight" for path, module in model.named_modules() if module is model.get_input_embeddings()]
+    head_name = _head_name(model)
+    # Some files keep a name of old (GPT-NeoX), which transformers maps.
+    names += ["embed_out.weight"] if head_name == "lm_head" else []
+    stored = stored_name(weights, names, model.base_model_prefix)
+    if stored is None:
+        raise UserError(f"student.model_name_or_path: {name} has no tensor {' or '.join(names)}: not supported")
+    bias = None if getattr(head, "bias", None) is None else weights.rows(f"{head_name}.bias", rows)
+    return weights.rows(stored, rows), bias
 
 
-def _read_rows(folder: Path, names: list[str], rows: list[int]) -> Tensor | None:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in names:
-                if name in tensors.keys():  # noqa: SIM118, this is no dictionary
-                    matrix = tensors.get_slice(name)
-                    return torch.stack([matrix[row : row + 1][0] for row in rows])
-    return None
+def _head_name(model: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+
+
+def drop_output_matrix(model: nn.Module) -> None:
+    """Free the output matrix, of which two rows are all that is multiplied; `logits` are the hidden states then."""
+    model.set_submodule(_head_name(model), nn.Identity())

@@ -51,6 +51,8 @@ class StudentConfig(Section):
     model_name_or_path: str | None = None
     load_in_4bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True  # the scales in 8 bits
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float32"] = "auto"  # auto: uint8
     lora_r: Positive | None = None  # null: the teacher's hidden size
     lora_alpha: Annotated[float, Field(gt=0)] | None = None  # null: lora_r
     lora_dropout: Share = 0.05
@@ -69,13 +71,6 @@ class StudentConfig(Section):
         if len(answers) != 2 or not all(isinstance(answer, str) and answer for answer in answers):
             raise ValueError('must be two texts, the matching one first, such as ["Yes", "No"]')
         return answers
-
-    @field_validator("load_in_4bit")
-    @classmethod
-    def _supported(cls, load_in_4bit: bool) -> bool:
-        if load_in_4bit:
-            raise ValueError("not available yet, set it to false")
-        return load_in_4bit
 
 
 class LossConfig(Section):
@@ -111,6 +106,7 @@ class TrainConfig(Section):
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
     bf16: bool | Literal["auto"] = "auto"  # auto: on GPUs that can
     gradient_checkpointing: bool = False
+    verify: Literal["auto", "always", "never"] = "auto"  # the first forward; auto: sharded by ZeRO-3, or 4-bit
     metric_for_best_model: Literal["roc_auc", "accuracy", "f1", "average_precision"] = "roc_auc"
     save_steps: Positive | None = None  # optimizer steps between validations without eval_steps; null: an epoch
     eval_steps: Positive | None = None  # optimizer steps; null: save_steps, then an epoch

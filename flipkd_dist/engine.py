@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flipkd_dist.base_loader import Part
 from flipkd_dist.student import Student
 from flipkd_dist.world import World
 
@@ -148,15 +149,30 @@ def prepare_deepspeed(use_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
 
 
-@contextmanager
-def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, `from_pretrained` inside puts each weight straight into its shards."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+class ZeroPlacement:
+    """The base goes straight into ZeRO-3's shards; under stages 1 and 2 it stays whole."""
 
-    # transformers looks for this object through a weak reference, so it has to be held while loading.
-    marker = HfDeepSpeedConfig(ds_config)
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del marker
+    by_parts = False
+
+    def __init__(self, ds_config: dict[str, Any], device: torch.device | str = "cpu"):
+        self.ds_config, self.device = ds_config, torch.device(device)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Under ZeRO-3, `from_pretrained` inside puts each weight straight into its shards."""
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        # transformers looks for this object through a weak reference, so it has to be held while loading.
+        marker = HfDeepSpeedConfig(self.ds_config)
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del marker
+
+    def place(self, part: Part) -> None:
+        part.fill()
+        if self.ds_config["zero_optimization"]["stage"] == 3:
+            import deepspeed
+
+            deepspeed.zero.Init(module=torch.nn.ParameterList(part.parameters()), config_dict_or_path=self.ds_config)

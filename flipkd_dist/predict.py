@@ -49,6 +49,9 @@ class Matcher:
             lora_target_modules=sorted(lora["target_modules"]),
             encoder_module=card.encoder_module,
             attn_implementation=card.attn_implementation,
+            load_in_4bit=card.load_in_4bit,
+            bnb_4bit_quant_type=card.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
         )
         encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length)
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype)

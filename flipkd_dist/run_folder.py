@@ -15,7 +15,14 @@ from flipkd_dist.errors import UserError
 DECISIVE = ("seed", "teacher", "student", "loss", "train")
 NOT_DECISIVE = {
     "teacher": ("batch_size", "num_workers"),
-    "train": ("per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps", "keep_checkpoints"),
+    "student": ("bnb_4bit_quant_storage",),  # the values are the same
+    "train": (
+        "verify",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "logging_steps",
+        "keep_checkpoints",
+    ),
 }
 
 

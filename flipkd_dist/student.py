@@ -2,23 +2,29 @@
 
 import hashlib
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from flipkd_dist.base import attention_implementation, attention_targets, check_base, check_parts, output_rows
+from flipkd_dist.base import (
+    attention_implementation,
+    attention_targets,
+    check_base,
+    check_parts,
+    drop_output_matrix,
+    output_rows,
+)
+from flipkd_dist.base_loader import Placement, Whole, empty_model, four_bit_form, load_parts, pretrained_model
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.losses import at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.packing import ComputeCost
+from flipkd_dist.weight_files import WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
 # Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
@@ -125,41 +131,34 @@ def load_student(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
-    sharded=nullcontext,
+    placement: Placement | None = None,
+    weights: Weights | None = None,
 ) -> Student:
     """Load the frozen base and put fresh LoRA on it: A ~ N(0, 0.01^2) from the seed and its name, B = 0.
 
     Args:
         answers: token ids of the matching and the other answer.
         rank: r of LoRA where the settings leave it open (the teacher's hidden size).
-        sharded: context manager under which the base is loaded (ZeRO-3's shards).
+        placement: what becomes of the base's weights; default: they stay whole in this process.
+        weights: where they come from, if not from the files in `folder`.
     Raises:
         UserError: a base that cannot be loaded, or modules that it lacks.
     """
     config = check_base(folder, settings)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with sharded():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention_implementation(settings),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"student.model_name_or_path: {settings.model_name_or_path} cannot be loaded ({one_line(error)})"
-        ) from None
-    if info["missing_keys"]:  # transformers would go on with random weights there
-        raise UserError(
-            f"student.model_name_or_path: {settings.model_name_or_path} lacks {len(info['missing_keys'])} weights, "
-            f"such as {min(info['missing_keys'])}: get it again"
-        )
-    check_parts(model, settings.model_name_or_path)
-    rows, bias = output_rows(model, folder, answers)
+    name, attention = settings.model_name_or_path, attention_implementation(settings)
+    placement, weights = placement or Whole(), weights or WeightFiles(folder, name)
+    form = four_bit_form(settings, dtype)
+    by_parts = form is not None or placement.by_parts
+    if by_parts:
+        model = empty_model(config, attention, dtype, name)
+    else:
+        model = pretrained_model(folder, config, attention, dtype, placement, name)
+    check_parts(model, name)
+    rows, bias = output_rows(model, weights, answers, name)
+    drop_output_matrix(model)
+    if by_parts:
+        load_parts(model, weights, form, dtype, placement, name)
     if gradient_checkpointing:
         # The reentrant kind detaches what the hook captures: the read-out would have no gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +12,12 @@ import torch
 from transformers import get_scheduler
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, Probe, check_probe, load_weights, save_adapter
+from flipkd_dist.base_loader import Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.checkpoint import best_checkpoint, keep_newest, save_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.ds_config import compose, read_policy
-from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, join_world, prepare_deepspeed, sharded_loading
+from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, ZeroPlacement, join_world, prepare_deepspeed
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import (
     best_threshold,
@@ -69,11 +69,11 @@ def build(config: RunConfig, weights=None) -> Workbench:
     inputs = check_inputs(config)
     bf16 = use_gpu and torch.cuda.is_bf16_supported() if config.train.bf16 == "auto" else config.train.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
-    ds_config, sharded = None, nullcontext
+    ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
         prepare_deepspeed(use_gpu)
         ds_config = compose(read_policy(config.distributed.deepspeed), config, world.size, bf16)
-        sharded = partial(sharded_loading, ds_config)
+        placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:
         raise UserError("distributed.deepspeed is null, which trains on one worker: name a file or start one process")
     student = load_student(
@@ -84,7 +84,7 @@ def build(config: RunConfig, weights=None) -> Workbench:
         config.seed,
         dtype,
         config.train.gradient_checkpointing,
-        sharded,
+        placement,
     )
     if weights is not None:
         load_weights(student, weights)
@@ -189,6 +189,9 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: n
         encoder_module=student.encoder_module,
         attn_implementation=config.student.attn_implementation,
         dtype=str(bench.dtype).removeprefix("torch."),
+        load_in_4bit=config.student.load_in_4bit,
+        bnb_4bit_quant_type=config.student.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.student.bnb_4bit_use_double_quant,
         max_length=config.data.max_length,
         threshold=manifest["threshold"],
         step=manifest["step"],

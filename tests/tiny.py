@@ -1,6 +1,5 @@
 """Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +117,12 @@ def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) ->
 
 
 def started_student(
-    folder: Path, max_length: int = 120, rank: int = 8, sharded=nullcontext, **settings
+    folder: Path, max_length: int = 120, rank: int = 8, placement=None, **settings
 ) -> tuple[Student, PairEncoder]:
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
     encoder = PairEncoder(load_tokenizer(folder), "do i same ? {text_a} | {text_b} =", ["yes", "no"], max_length)
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
-    student = load_student(folder, student_settings, encoder.answer_ids, rank, sharded=sharded)
+    student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in student.lora_parameters().items():
         if ".lora_B." in name:
@@ -131,6 +130,14 @@ def started_student(
         else:
             parameter.data.mul_(10)
     return student, encoder
+
+
+def with_output_matrix(student: Student, folder: Path) -> Student:
+    """The student with the whole output matrix of the model in `folder`, which it does without."""
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    [name] = [name for name, module in whole.named_modules() if module is whole.get_output_embeddings()]
+    student.model.get_base_model().set_submodule(name, whole.get_output_embeddings())
+    return student
 
 
 def save_teacher(folder: Path, hidden_size: int = 16, seed: int = 1) -> Path:

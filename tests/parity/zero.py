@@ -1,13 +1,12 @@
 """The same started student behind the plain engine or behind ZeRO, inside a gang."""
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from tiny import started_student
 
-from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, prepare_deepspeed, sharded_loading
+from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, ZeroPlacement, prepare_deepspeed
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.world import World
 
@@ -15,11 +14,11 @@ SGD = partial(torch.optim.SGD, lr=0.0)
 
 
 def start_engine(
-    folder: Path, stage: int, optimizer=SGD, accumulation: int = 1, clip: float = 0.0
+    folder: Path, stage: int, optimizer=SGD, accumulation: int = 1, clip: float = 0.0, **settings
 ) -> tuple[Engine, PairEncoder]:
     """The student in `folder` behind ZeRO's `stage`, or for stage 0 whole in this process."""
     if not stage:
-        student, encoder = started_student(folder, rank=16)
+        student, encoder = started_student(folder, rank=16, **settings)
         return PlainEngine(student, optimizer, clip), encoder
     ds_config = {
         "train_batch_size": World.current().size * accumulation,
@@ -32,6 +31,6 @@ def start_engine(
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
     prepare_deepspeed(use_gpu=False)
-    sharded = partial(sharded_loading, ds_config) if stage == 3 else nullcontext
-    student, encoder = started_student(folder, rank=16, sharded=sharded)
+    placement = ZeroPlacement(ds_config)
+    student, encoder = started_student(folder, rank=16, placement=placement, **settings)
     return DeepSpeedEngine(student, optimizer, ds_config), encoder

@@ -241,7 +241,11 @@ SETTINGS = {
         "; correct",
     ),
     "unquoted answers": ("student.answers=[Yes, No]", "bad.yaml: student.answers = [True, False]", ': ["Yes", "No"]'),
-    "4 bit": ("student.load_in_4bit=true", "bad.yaml: student.load_in_4bit = True: not available", "set it to false"),
+    "reentrant checkpointing": (
+        "train.gradient_checkpointing_kwargs={use_reentrant: true}",
+        "bad.yaml: unknown key train.gradient_checkpointing_kwargs",
+        ": the nearest known key is train.gradient_checkpointing",
+    ),
     "no equals sign": ("train.max_steps", "override 'train.max_steps'", ": write it as dotted.key=value"),
     "no YAML": (
         "student.prompt={text_a} | {text_b}",
@@ -401,6 +405,13 @@ def missing_shard(desk: Desk) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def own_code(desk: Desk) -> None:
+    folder = desk.own_model("student")
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    desk.edit_json(folder / "config.json", model_type="own", auto_map=classes)
+    (folder / "configuration_own.py").write_text("raise SystemExit('it was run')\n")
+
+
 def quantised(desk: Desk) -> None:
     method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     desk.edit_json(desk.own_model("student") / "config.json", quantization_config=method)
@@ -450,6 +461,7 @@ MODELS = {
     ),
     "missing shard": (missing_shard, f"my-student/{SHARD} is missing or damaged", ": get the model again"),
     "encoder": (lambda d: d.set(STUDENT, str(d.models / "teacher")), "(bert) is not a causal LM", ": take"),
+    "own code": (own_code, "my-student brings its own code", ", which is never run: take its edition"),
     "quantised": (quantised, "my-student is quantised already", ": take the original weights"),
 }
 

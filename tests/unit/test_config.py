@@ -29,6 +29,8 @@ DEFAULTS = {
         "model_name_or_path": None,
         "load_in_4bit": False,
         "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "auto",
         "lora_r": None,
         "lora_alpha": None,
         "lora_dropout": 0.05,
@@ -63,6 +65,7 @@ DEFAULTS = {
         "max_grad_norm": 1.0,
         "bf16": "auto",
         "gradient_checkpointing": False,
+        "verify": "auto",
         "metric_for_best_model": "roc_auc",
         "save_steps": None,
         "eval_steps": None,
@@ -173,7 +176,8 @@ def test_numbers_are_finite(named, key, value):
         "loss.temperature=0", "student.lora_dropout=1", "train.warmup_ratio=2", "seed=-1", "train.save_steps=0",
         "distributed.num_workers=0", "distributed.resources_per_worker={CPU: -1}",
         "distributed.resources_per_worker={CPU: .inf}", "data.format=xml", "teacher.pooling=max", "train.bf16=maybe",
-        "name=../x", "name=''", "student.answers=[a, b, c]", "student.answers=[a, '']", "student.load_in_4bit=true",
+        "name=../x", "name=''", "student.answers=[a, b, c]", "student.answers=[a, '']", "train.verify=true",
+        "student.bnb_4bit_quant_storage=float16",
     ],
 )  # fmt: skip
 def test_values_out_of_range(named, override):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CAUSAL, save_student, sentences, started_student
+from tiny import CAUSAL, save_student, sentences, started_student, with_output_matrix
 
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -29,6 +29,7 @@ def last_queries(student):
 @torch.no_grad()
 def test_answer_logits_are_two_of_the_whole_vocabulary(tmp_path, family):
     student, encoder = started_student(save_student(tmp_path, family))
+    with_output_matrix(student, tmp_path)
     pairs = [encoder.encode(*texts) for texts in TEXTS]
     logits, *_ = run(student.eval(), encoder, pairs)
     for number, pair in enumerate(pairs):

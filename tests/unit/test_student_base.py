@@ -52,7 +52,14 @@ def test_harmless_logit_settings_are_taken(tmp_path):
 def test_quantised_unknown_and_absent_bases_are_refused(tmp_path):
     config = tiny.CAUSAL["llama"](100)
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    refused(tmp_path, config, r"^student\.model_name_or_path: tiny is quantised already: take the original weights$")
+    refused(
+        tmp_path, config, r"^student\.model_name_or_path: tiny is quantised already: take the original weights, and"
+    )
+    own_code = '{"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}}'
+    (tmp_path / "config.json").write_text(own_code)
+    (tmp_path / "configuration_chatglm.py").write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(UserError, match=r"^student\.model_name_or_path: tiny brings its own code .*: take its edition"):
+        check_base(tmp_path, StudentConfig(model_name_or_path="tiny"))
     for text in ('{"model_type": "unheard-of"}', "{"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"^student\.model_name_or_path: tiny: config\.json cannot be used \("):

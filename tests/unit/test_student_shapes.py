@@ -5,7 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, save_student, started_student
+from tiny import SHAPE, save_student, started_student, with_output_matrix
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, Phi3Config, PhiConfig, Qwen2Config
 
 from flipkd_dist.base import attention_targets
@@ -47,7 +47,7 @@ def test_a_fused_projection_is_adapted_and_read(tmp_path, monkeypatch, family):
     [last] = [layer for name, layer in student.model.named_modules() if name.endswith(f"1.{path}")]
     inputs = []
     last.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
-    logits, whole, readout = logits_and_whole(student, encoder)
+    logits, whole, readout = logits_and_whole(with_output_matrix(student, tmp_path), encoder)
     torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
     tokens = inputs[0][0] @ last.lora_A["default"].weight.T
     start = len(encoder.prefix)
@@ -64,7 +64,7 @@ def test_the_bias_of_an_output_matrix_counts(tmp_path, monkeypatch):
     model.save_pretrained(folder)
     student, encoder = started_student(folder, lora_target_modules=["q_proj", "k_proj", "v_proj", "dense"])
     assert (student.answer_bias[0] - student.answer_bias[1]).abs() > 1e-3
-    logits, whole, _ = logits_and_whole(student, encoder)
+    logits, whole, _ = logits_and_whole(with_output_matrix(student, tmp_path), encoder)
     torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -89,7 +89,8 @@ def test_files_without_the_prefix_of_the_body(tmp_path, monkeypatch):
     save_file(
         {name.removeprefix("transformer."): value for name, value in weights.items()}, folder / "model.safetensors"
     )
-    logits, whole, _ = logits_and_whole(*started_student(folder))
+    student, encoder = started_student(folder)
+    logits, whole, _ = logits_and_whole(with_output_matrix(student, folder), encoder)
     torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-5)
 
 
