@@ -95,13 +95,14 @@ def make_plan(
         value_bytes=2 if bf16 else 4,
         lora_dropout=config.student.lora_dropout,
         on_gpu=chosen.is_gpu,
+        double_quant=config.student.bnb_4bit_use_double_quant,
     )
     settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
     workers = num_workers or config.distributed.num_workers
     rows = tuple(_row(shape, layout, work, settings[layout.stage], chosen, steps) for layout in layouts(workers))
     return Plan(
         model=shape.model_type,
-        base_weights=shape.base,
+        base_weights=shape.kept + shape.output_matrix,
         lora_weights=shape.lora,
         device=chosen,
         device_is_default=device is None,
@@ -158,9 +159,8 @@ def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int)
     for change in changes:
         wanted = replace(configured, **change)
         like = [row for row in rows if row.runs and _modes(row.layout) == _modes(wanted)]
-        for row in like:
-            if row.fits:
-                return Recommendation(row.layout, pairs, _reason(row, rows, configured, pairs, usable))
+        for row in (one for one in like if one.fits):
+            return Recommendation(row.layout, pairs, _reason(row, rows, configured, pairs, usable))
     best = max((row for row in rows if row.runs), key=lambda row: row.largest_pairs)
     if best.largest_pairs:
         lowest = next(row for row in rows if row.runs and row.largest_pairs == best.largest_pairs)
@@ -180,21 +180,24 @@ def _modes(layout: Layout) -> tuple[bool, bool, bool]:
 
 
 def _reason(row: Row, rows: tuple[Row, ...], configured: Layout, pairs: int, usable: int) -> str:
+    """One sentence: what it takes, why no lower stage, why not as configured."""
     layout = row.layout
-    need = _gib(max(row.memory.peak, row.memory.load_peak))
-    text = f"{title(layout)} is the lowest stage that fits {pairs} pairs a device, {need} of {_gib(usable)} GiB usable"
-    below = [one for one in rows if one.layout.stage < layout.stage and _modes(one.layout) == _modes(layout)]
-    if below:
-        last = below[-1]
-        why = (
-            f"would take {_gib(max(last.memory.peak, last.memory.load_peak))}"
-            if not last.fits
-            else "is for one worker in this package"
-        )
-        text += f" ({title(last.layout)} {why})"
+    text = (
+        f"{title(layout)}: the lowest stage that fits {pairs} pairs a device takes {_need(row)} of {_gib(usable)} GiB"
+    )
+    below = [one for one in rows if one.layout.stage == layout.stage - 1 and _modes(one.layout) == _modes(layout)]
+    for one in below:
+        why = "runs in one process only" if one.fits else f"would take {_need(one)}"
+        text += f", {title(one.layout)} {why}"
     if _modes(layout) != _modes(configured):
-        text += f"; {title(replace(configured, stage=3))} as configured does not fit"
+        as_configured = [one for one in rows if one.runs and _modes(one.layout) == _modes(configured)]
+        least = min(as_configured, key=lambda one: one.memory.peak)
+        text += f", and as configured the least is {_need(least)} ({title(least.layout)})"
     return text + ("; a higher stage would only send more." if layout.stage < 3 else ".")
+
+
+def _need(row: Row) -> str:
+    return _gib(max(row.memory.peak, row.memory.load_peak))
 
 
 def title(layout: Layout) -> str:

@@ -34,7 +34,7 @@ class Workload:
     lora_dropout: float = 0.05
     on_gpu: bool = True  # a GPU keeps a dropout mask in bytes, a CPU in the activation's precision
     double_quant: bool = True
-    load_value_bytes: int = 2  # of the weights in the files
+    file_value_bytes: int = 2  # of the weights in the files
 
     @property
     def tokens(self) -> int:
@@ -52,6 +52,13 @@ class ZeroSettings:
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_max_reuse_distance: int = 1_000_000_000
     stage3_param_persistence_threshold: int = 100_000
+
+    @property
+    def live_limit(self) -> int:
+        """Weights that ZeRO-3 keeps gathered until the backward: prefetching runs ahead up to the first limit, and
+        what is used again within the second distance, forward and back, is not released."""
+        ahead = self.stage3_max_live_parameters if self.stage3_prefetch_bucket_size else 0
+        return max(ahead, self.stage3_max_reuse_distance // 2)
 
     @classmethod
     def of(cls, zero_optimization: dict) -> "ZeroSettings":
@@ -100,32 +107,30 @@ def weight_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSetting
     """The frozen base: whole below stage 3; there a share, besides small tensors whole and the scales whole."""
     state = quant_state(shape, work.double_quant) if layout.load_in_4bit else 0
     linear = packed_bytes(shape) if layout.load_in_4bit else shape.linear * work.value_bytes
-    rest = (shape.base - shape.linear) * work.value_bytes
+    rest = (shape.kept - shape.linear) * work.value_bytes
     if layout.stage < 3:
         return linear + rest + state
     persistent = sum(size * n for size, n in shape.others.items() if size < zero.stage3_param_persistence_threshold)
     return math.ceil((linear + rest) / layout.world_size) + persistent * work.value_bytes + state
 
 
-def gather_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) -> int:
-    """ZeRO-3's whole tensors alive at once: those that backward needs again are kept up to a limit, and the group
-    fetched together stands a second time in its communication buffer."""
+def gather_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) -> tuple[int, int]:
+    """ZeRO-3's whole tensors: those alive at once, which is all that the backward needs again up to a limit, and the
+    communication buffer in which the group fetched together stands a second time."""
     if layout.stage < 3 or layout.world_size == 1:
-        return 0
+        return 0, 0
     threshold = zero.stage3_param_persistence_threshold
-    small = {size: count for size, count in shape.others.items() if size >= threshold}
-    others = sum(size * count for size, count in small.items())
+    others = sum(size * count for size, count in shape.others.items() if size >= threshold)
     lora = shape.num_layers * sum(size for size in shape.lora_sizes if size >= threshold)
     linear = packed_bytes(shape) if layout.load_in_4bit else shape.linear
     largest = max(shape.largest_linear // (2 if layout.load_in_4bit else 1), *shape.lora_sizes)
     used = linear + others + lora
     total = linear * (1 if layout.load_in_4bit else work.value_bytes) + others * work.value_bytes
     total += lora * lora_value_bytes(layout, work)
-    limit = zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else zero.stage3_max_reuse_distance // 2
-    live, group = min(used, limit + largest), 0
-    if zero.stage3_prefetch_bucket_size:
-        group = min(used, zero.stage3_prefetch_bucket_size + largest)
-    return max(total * (live + group) // used, shape.embedding * work.value_bytes)
+    prefetch, limit = zero.stage3_prefetch_bucket_size, zero.live_limit
+    live = min(used, limit + largest)
+    group = min(used, prefetch + largest) if prefetch else 0
+    return max(total * live // used, shape.embedding * work.value_bytes), total * group // used
 
 
 def layer_activations(shape: Shape, layout: Layout, work: Workload, first: bool = False) -> int:
@@ -138,7 +143,8 @@ def layer_activations(shape: Shape, layout: Layout, work: Workload, first: bool 
     per_token += value * shape.intermediate * (3 if shape.gated else 1)
     per_token += _lora_activations(shape, work, lora, first)
     if layout.stage == 3 and not layout.load_in_4bit:
-        per_token += value * (shape.intermediate + shape.query_width + shape.hidden * (1 if first else 2))
+        copy = shape.query_width if shape.copies_attention or shape.eager else 0
+        per_token += value * (shape.intermediate + copy + shape.hidden * (1 if first else 2))
     scores = work.pairs * work.tokens_per_pair**2 * value  # the mask, added to the attention's scores
     if shape.eager:
         scores += work.pairs * shape.num_heads * work.tokens_per_pair**2 * (FP32 + value)
@@ -155,25 +161,31 @@ def _lora_activations(shape: Shape, work: Workload, lora: int, first: bool) -> i
     if lora != work.value_bytes:  # every target casts its input for itself
         return total + lora * sum(one.inputs for one in shape.targets)
     shared = max((one.inputs for one in shape.targets if one.reads_hidden), default=0)
-    return total + lora * (shared + sum(one.inputs for one in shape.targets if not one.reads_hidden))
+    behind = [one.inputs for one in shape.targets if not one.reads_hidden]
+    if behind and not (shape.copies_attention or shape.eager):  # the attention keeps its output already
+        behind.remove(min(behind, key=lambda width: abs(width - shape.query_width)))
+    return total + lora * (shared + sum(behind))
 
 
-def activation_bytes(shape: Shape, layout: Layout, work: Workload) -> int:
-    """What is kept between forward and backward, with checkpointing the layers' inputs and one layer anew."""
+def activation_bytes(shape: Shape, layout: Layout, work: Workload) -> tuple[int, int]:
+    """What is kept between forward and backward; and the most in the backward, where checkpointing makes one layer
+    anew from its input."""
     layer = layer_activations(shape, layout, work)
-    first = layer_activations(shape, layout, work, first=True)
     ends = work.tokens * shape.hidden * (FP32 if shape.norm_in_fp32 else work.value_bytes)  # the last norm
     ends += work.pairs * shape.lora_r * FP32 * 6  # read-outs
     if layout.gradient_checkpointing:
-        return work.tokens * shape.hidden * work.value_bytes * shape.num_layers + layer + ends
-    return first + (shape.num_layers - 1) * layer + ends
+        kept = work.tokens * shape.hidden * work.value_bytes * shape.num_layers + ends
+        return kept, kept + layer
+    kept = layer_activations(shape, layout, work, first=True) + (shape.num_layers - 1) * layer + ends
+    return kept, kept
 
 
 def workspace_bytes(shape: Shape, layout: Layout, work: Workload) -> int:
-    """What one operation takes besides: gradients inside the widest MLP, one four-bit matrix unpacked."""
-    unpacked = shape.largest_linear * work.value_bytes if layout.load_in_4bit else 0
+    """What the widest operations take besides: gradients inside the MLP, or one four-bit matrix unpacked."""
+    stream = 2 * shape.hidden * work.tokens * work.value_bytes
     widest = max(shape.intermediate * (2 if shape.gated else 1), shape.query_width)
-    return unpacked + work.tokens * work.value_bytes * (2 * widest + shape.hidden)
+    unpacked = shape.largest_linear * work.value_bytes if layout.load_in_4bit else 0
+    return stream + max(widest * work.tokens * work.value_bytes, unpacked)
 
 
 def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) -> Memory:
@@ -197,24 +209,33 @@ def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) ->
         host = optimizer + share * FP32 + share * value + update  # fp32 gradient and a copy in the run's precision
         optimizer = update = 0
         gradients, late_gradients = 2 * shape.largest_lora * value, 0
-    gather = gather_bytes(shape, layout, work, zero)
-    activations, workspace = activation_bytes(shape, layout, work), workspace_bytes(shape, layout, work)
-    resident = weights + lora + optimizer + (buckets if stage == 3 else 0) + (gradients if stage == 3 else 0)
-    passing_buckets, passing = (0, 0) if stage == 3 else (buckets, gradients)
-    learning = passing_buckets + gather + max(activations + workspace, passing)
+    live, group = gather_bytes(shape, layout, work, zero)
+    kept, activations = activation_bytes(shape, layout, work)
+    workspace = workspace_bytes(shape, layout, work)
+    stays = (buckets, gradients) if stage == 3 else (0, 0)
+    passes = (0, 0) if stage == 3 else (buckets, gradients)
+    all_live = group == 0 or _all_stay_live(shape, layout, zero)
+    forward = kept + live + max(workspace, group)
+    backward = max(activations + workspace, passes[1]) + live + (0 if all_live else group)
     return Memory(
         weights=weights,
         lora=lora,
         gradients=gradients,
         optimizer=optimizer,
         buckets=buckets,
-        gather=gather,
+        gather=live + group,
         activations=activations,
         workspace=workspace,
         host=host,
         load_peak=load_peak(shape, layout, work, weights),
-        peak=resident + max(learning, late_gradients + update),
+        peak=weights + lora + optimizer + sum(stays) + max(forward, passes[0] + backward, late_gradients + update),
     )
+
+
+def _all_stay_live(shape: Shape, layout: Layout, zero: ZeroSettings) -> bool:
+    """Whether the backward finds everything gathered."""
+    linear = packed_bytes(shape) if layout.load_in_4bit else shape.linear
+    return linear + shape.other + shape.lora <= zero.live_limit
 
 
 def _gradient_bytes(shape, layout, zero, share, lora_value, value) -> tuple[int, int]:
@@ -234,12 +255,17 @@ def _update_bytes(shape: Shape, stage: int, share: int) -> int:
 
 
 def load_peak(shape: Shape, layout: Layout, work: Workload, weights: int) -> int:
-    """Loading: what stays, LoRA still whole, and the one matrix (packing) or tensor (sharding) in work."""
-    largest = max(shape.largest_linear, shape.embedding, shape.output_matrix)
-    working = largest * max(work.value_bytes, work.load_value_bytes if layout.load_in_4bit else 0)
-    if layout.stage < 3 and not layout.load_in_4bit:
-        working = 0 if work.load_value_bytes == work.value_bytes else largest * work.load_value_bytes
-    return weights + shape.lora * FP32 + working
+    """What stays and LoRA, still whole; or before it what is in work: the output matrix that is dropped and the
+    tensor being sharded, or in four bits one part (a decoder layer, the embedding) and the matrix being packed."""
+    value, embedding = work.value_bytes, shape.embedding * work.value_bytes
+    if not layout.load_in_4bit:
+        dropped, largest = shape.output_matrix * value, max(shape.largest_linear, shape.embedding) * value
+        working = dropped if layout.stage < 3 else math.ceil(dropped / layout.world_size) + largest
+    else:
+        packed = packed_bytes(shape) // shape.num_layers if layout.stage == 3 else 0
+        largest = shape.largest_linear * work.file_value_bytes
+        working = max(packed + largest, embedding if layout.stage == 3 else 0)
+    return weights + max(working, shape.lora * FP32)
 
 
 def largest_batch(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, memory: float) -> int:

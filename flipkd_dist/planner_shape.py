@@ -1,4 +1,4 @@
-"""What the planner has to know of a student: the sizes of its real modules, built on the meta device without weights."""
+"""What the planner knows of a student: the sizes of its real modules, built on the meta device without weights."""
 
 import re
 import warnings
@@ -57,7 +57,8 @@ class Shape:
     others: dict[int, int] = field(default_factory=dict)  # size -> how many: norms, biases and whatever else there is
     norm_width: int = 0  # inputs of a layer's norms
     norm_in_fp32: bool = True
-    rotary_width: int = 0  # angles that every layer keeps for itself
+    rotary_width: int = 0  # angles that every layer keeps for itself; 0: one set for all
+    copies_attention: bool = False  # the attention's output is laid out anew before the output projection
     lora_r: int = 0
     targets: tuple[Target, ...] = ()  # of one layer
 
@@ -66,9 +67,9 @@ class Shape:
         return sum(size * count for size, count in self.others.items())
 
     @property
-    def base(self) -> int:
-        """All frozen weights."""
-        return self.linear + self.embedding + self.output_matrix + self.other
+    def kept(self) -> int:
+        """Frozen weights that stay: of an output matrix of its own there remain two rows, not counted here."""
+        return self.linear + self.embedding + self.other
 
     @property
     def lora_sizes(self) -> list[int]:
@@ -182,6 +183,7 @@ def _count_frozen(model: nn.Module, config) -> dict:
         norm_width=widths,
         norm_in_fp32=any("rms" in type(norm).__name__.lower() for norm in norms),
         rotary_width=2 * int(head_dim * partial) if interleaved else 0,
+        copies_attention=interleaved,  # concatenated queries are laid out by heads, and the output as they are
     )
 
 

@@ -48,7 +48,7 @@ def wire_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings,
         return int(gradients + updated + micro_steps * readouts)
     linear = packed_bytes(shape) if layout.load_in_4bit else shape.linear * work.value_bytes
     whole = linear + shape.other * work.value_bytes + shape.lora * lora_value_bytes(layout, work)
-    window = min(whole, gather_bytes(shape, layout, work, zero))
+    window = min(whole, gather_bytes(shape, layout, work, zero)[0])
     again = whole - window  # what the backward finds released; with checkpointing its recomputation fetches it
     gathered = ring * (whole + again + shape.embedding * work.value_bytes)
     return int(micro_steps * (gathered + ring * lora + readouts))
