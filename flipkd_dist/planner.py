@@ -215,7 +215,7 @@ def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) ->
     stays = (buckets, gradients) if stage == 3 else (0, 0)
     passes = (0, 0) if stage == 3 else (buckets, gradients)
     all_live = group == 0 or _all_stay_live(shape, layout, zero)
-    forward = kept + live + max(workspace, group)
+    forward = kept + workspace + live + group
     backward = max(activations + workspace, passes[1]) + live + (0 if all_live else group)
     return Memory(
         weights=weights,

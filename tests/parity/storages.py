@@ -5,6 +5,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,19 +59,21 @@ class LiveStorages(TorchDispatchMode):
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Collects what autograd keeps for the backward."""
+    """Collects what autograd keeps for the backward, but for parameters.
+
+    It holds what it collects, and gathered parameters would stay gathered.
+    """
 
     def __init__(self):
         self.tensors: list[Tensor] = []
         super().__init__(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor.detach())
+        if not isinstance(tensor, Parameter) and not isinstance(tensor._base, Parameter):
+            self.tensors.append(tensor.detach())
         return tensor
 
-    def bytes_beside(self, others: list[Tensor]) -> int:
-        """Of the storages that none of `others` (weights) has; drops what was collected."""
-        known = {tensor.untyped_storage().data_ptr() for tensor in others}
-        kept = [tensor for tensor in self.tensors if tensor.untyped_storage().data_ptr() not in known]
-        self.tensors = []
-        return storage_bytes(kept)
+    def drain(self) -> int:
+        """The bytes of what was collected, which is dropped."""
+        count, self.tensors = storage_bytes(self.tensors), []
+        return count

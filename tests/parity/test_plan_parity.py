@@ -20,7 +20,7 @@ from flipkd_dist.student import load_student
 from flipkd_dist.world import World
 
 pytestmark = pytest.mark.parity
-TOLERANCE = 0.1
+TOLERANCE = {"peak": 0.1}  # of the rest 3 %
 # Not so tiny that constants decide; a bucket of DeepSpeed's default size would be 2 GB beside 15 MB.
 SHAPE = dict(
     hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, head_dim=32, vocab_size=2000
@@ -92,9 +92,8 @@ def measure(folder, stage, zero, dtype, checkpointing, settings, num_pairs) -> d
             with saved:
                 logits, readout_a, readout_b = engine.forward(**batch.tensors("cpu"))
                 loss = logits.square().sum() + (readout_a * readout_b).sum()
-            weights = everything_of(student.parameters()) + scales(student)
-            kept = saved.bytes_beside(weights)
-            del logits, readout_a, readout_b, weights
+            kept = saved.drain()
+            del logits, readout_a, readout_b
             engine.backward(loss, last=True)
             del loss
             engine.step(0.1)
@@ -170,4 +169,6 @@ def test_the_plan_agrees_with_what_an_engine_allocates(folders, name):
         report = {key: (value, expected[key], round(expected[key] / value, 3)) for key, value in found.items()}
         print(f"\n{name}, rank {rank}: {report}")
         for key, value in found.items():
-            assert expected[key] == pytest.approx(value, rel=TOLERANCE), f"{key} of rank {rank}: {report}"
+            assert expected[key] == pytest.approx(value, rel=TOLERANCE.get(key, 0.03)), (
+                f"{key} of rank {rank}: {report}"
+            )
