@@ -13,6 +13,7 @@ from flipkd_dist.order import Order
 from flipkd_dist.run_folder import write_whole
 from flipkd_dist.step import LOSSES, SUMS, summarise
 from flipkd_dist.tracking import RunLogger, tracking_uri
+from flipkd_dist.verify import unmoved_layers
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
@@ -96,9 +97,12 @@ class MetricLog:
             self.tracker.metrics(values, step)
 
     def check_first_update(self, state: dict[str, torch.Tensor]) -> None:
-        """After the first update LoRA-B must have left zero somewhere, or the run would end with an empty adapter."""
+        """After the first update LoRA-B must have left zero on every layer, or gradients do not reach the adapter."""
         moved = [bool(value.any()) for name, value in state.items() if ".lora_B." in name]
         norm = math.sqrt(sum(value.square().sum().item() for name, value in state.items() if ".lora_B." in name))
         self.write(1, {"lora_b_norm": norm, "lora_b_moved_share": sum(moved) / len(moved)})
-        if not any(moved):
-            raise RuntimeError("no LoRA-B tensor moved in the first update: gradients do not reach the adapter")
+        if layers := unmoved_layers(state):
+            raise RuntimeError(
+                f"no LoRA-B tensor of {len(layers)} layers (such as layer {layers[0]}) moved in the first update: "
+                "gradients do not reach the adapter"
+            )

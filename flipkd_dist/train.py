@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +37,8 @@ from flipkd_dist.pairs import PairTable
 from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.run_folder import write_json, write_whole
 from flipkd_dist.step import TrainingStep
-from flipkd_dist.student import load_student
+from flipkd_dist.student import Student, load_student
+from flipkd_dist.verify import check_first_forward
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
@@ -52,6 +54,7 @@ class Workbench:
     engine: Engine
     make_batch: BatchMaker
     dtype: torch.dtype
+    load: Callable[..., Student]  # the student again, for `check_first_forward`
 
     def scores(self, texts: list[tuple[str, str]], description: str) -> tuple[np.ndarray, np.ndarray]:
         batch_size = self.inputs.config.train.per_device_eval_batch_size
@@ -76,7 +79,8 @@ def build(config: RunConfig, weights=None) -> Workbench:
         placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:
         raise UserError("distributed.deepspeed is null, which trains on one worker: name a file or start one process")
-    student = load_student(
+    load = partial(
+        load_student,
         inputs.base_folder,
         config.student,
         inputs.encoder.answer_ids,
@@ -84,8 +88,8 @@ def build(config: RunConfig, weights=None) -> Workbench:
         config.seed,
         dtype,
         config.train.gradient_checkpointing,
-        placement,
     )
+    student = load(placement=placement)
     if weights is not None:
         load_weights(student, weights)
     make_optimizer = partial(torch.optim.AdamW, lr=0.0, weight_decay=config.train.weight_decay)
@@ -94,7 +98,7 @@ def build(config: RunConfig, weights=None) -> Workbench:
         engine = PlainEngine(student.to(world.device), make_optimizer, config.train.max_grad_norm)
     else:
         engine = DeepSpeedEngine(student, make_optimizer, ds_config)
-    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype)
+    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype, load)
 
 
 def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
@@ -112,6 +116,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     learning_rate = schedule(config, num_steps)
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id)
     probes = pair_texts(validation or pairs)[:NUM_PROBES]
+    first = bench.make_batch(probes[: config.train.per_device_train_batch_size])
+    check_first_forward(engine, world, first, bench.load, config.train.verify)
     base_answers, _ = bench.scores(probes, "probe")  # B is zero: these are the base's own answers
     if world.is_main:
         shutil.rmtree(inputs.folder.checkpoints, ignore_errors=True)

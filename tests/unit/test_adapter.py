@@ -188,3 +188,11 @@ def test_an_adapter_of_bf16_may_answer_within_its_rounding():
     check_probe(card.probe.p_match + 0.02, card, torch.float32)
     with pytest.raises(RuntimeError, match="answers its probe"):
         check_probe(card.probe.p_match + 0.04, card, torch.float32)
+
+
+def test_a_card_from_before_four_bits_is_read(tmp_path):
+    values = dataclasses.asdict(CARD)
+    for key in ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        del values[key]
+    (tmp_path / "flipkd.json").write_text(json.dumps(values))
+    assert AdapterCard.read(tmp_path) == CARD and not CARD.load_in_4bit
