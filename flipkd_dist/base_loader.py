@@ -1,7 +1,6 @@
 """The base's weights: by transformers, or part by part from the files, so that nothing whole has to stay anywhere."""
 
 import ctypes
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +162,10 @@ def load_parts(
     Raises:
         UserError: names or shapes that the files do not have.
     """
-    layers = decoder_layers(model, name)
     if form is not None:
-        for layer in layers:
+        for layer in decoder_layers(model, name):
             _replace_linear(layer, form)
-    for part in _parts(model, layers, weights, dtype, placement.device, name):
+    for part in find_parts(model, weights, dtype, placement.device, name):
         placement.place(part)
     for module in model.modules():  # parameters are on the device by now, rotary frequencies not yet
         for buffer_name, buffer in module.named_buffers(recurse=False):
@@ -200,15 +198,15 @@ def _replace_linear(layer: nn.Module, form: FourBit) -> None:
         layer.set_submodule(path, Linear4bit(module.in_features, module.out_features, module.bias, form))
 
 
-def _parts(
-    model: PreTrainedModel,
-    layers: list[nn.Module],
-    weights: Weights,
-    dtype: torch.dtype,
-    device: torch.device,
-    name: str,
-) -> Iterator[Part]:
-    """Every tensor of the model in one part; all names are looked up before the first part is given out."""
+def find_parts(
+    model: PreTrainedModel, weights: Weights, dtype: torch.dtype, device: torch.device | str, name: str
+) -> list[Part]:
+    """Every tensor of the model in one part; reads nothing but names.
+
+    Raises:
+        UserError: a tensor that the files do not have under the model's name for it.
+    """
+    layers = decoder_layers(model, name)
     parts, inside, missing = [], {module for layer in layers for module in layer.modules()}, []
     for path, module in model.named_modules():
         if module in inside and module not in layers:
@@ -224,10 +222,10 @@ def _parts(
             slots.append((owner, attribute, stored, shape))
             missing += [full] if stored is None else []
         if slots:
-            parts.append(Part(module, slots, weights, dtype, device))
+            parts.append(Part(module, slots, weights, dtype, torch.device(device)))
     if missing:
         raise UserError(
             f"{KEY}: {name} lacks {len(missing)} weights under the names of {type(model).__name__}, such as "
             f"{min(missing)}: get it again, or set student.load_in_4bit to false"
         )
-    yield from parts
+    return parts

@@ -1,5 +1,6 @@
 """The command line `flipkd`. Heavy imports happen inside the verbs, so that `--help` answers at once."""
 
+import json
 import logging
 import os
 import sys
@@ -85,6 +86,23 @@ def register(config: Path, overrides: tuple[str, ...]) -> None:
 def show(config: Path, overrides: tuple[str, ...]) -> None:
     """Print the resolved configuration."""
     click.echo(load_config(config, overrides).to_yaml(), nl=False)
+
+
+@cli.command()
+@configured
+@click.option("--device", help="Such as h100-80gb, a100-40gb, rtx4090, cpu. Default: h100-80gb, cpu without a GPU.")
+@click.option("--device-memory", type=click.FloatRange(0, min_open=True), help="GiB of one device.")
+@click.option("--tflops", type=click.FloatRange(0, min_open=True), help="Peak of one device, dense, 10^12 a second.")
+@click.option("--num-workers", type=click.IntRange(1), help="Default: distributed.num_workers.")
+@click.option("--tokens-per-pair", type=click.IntRange(1), help="Default: data.max_length, the most a pair can have.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, in bytes and seconds.")
+def plan(config, overrides, device, device_memory, tflops, num_workers, tokens_per_pair, as_json) -> None:
+    """Memory per device, throughput and the cheapest layout that fits; starts nothing, loads no weights."""
+    loaded = load_config(config, overrides)
+    from flipkd_dist.plan_report import make_plan, table
+
+    made = make_plan(loaded, device, device_memory, tflops, num_workers, tokens_per_pair)
+    click.echo(json.dumps(made.as_dict(), indent=2) if as_json else table(made))
 
 
 @cli.command()

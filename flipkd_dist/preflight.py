@@ -14,10 +14,12 @@ from flipkd_dist.base import (
     attention_targets,
     check_base,
     check_parts,
+    drop_output_matrix,
     fills_blank,
     load_tokenizer,
     shares_prefix,
 )
+from flipkd_dist.base_loader import find_parts, four_bit_form
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.errors import UserError
@@ -28,6 +30,7 @@ from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.student import default_encoder, last_encoder
 from flipkd_dist.teacher import Teacher, teacher_hidden_size
+from flipkd_dist.weight_files import WeightFiles
 
 SPLITS = ("train", "validation", "test")
 
@@ -72,7 +75,7 @@ def _model_folder(name: str | None, key: str) -> Path:
     return folder
 
 
-def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig) -> None:
+def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder: Path) -> None:
     """Refuse a base whose layers do not serve; found on a copy of it without any weights."""
     name, attention = settings.model_name_or_path, attention_implementation(settings)
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -83,6 +86,9 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig) -> Non
                 f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
             ) from None
         check_parts(model, name)
+        if settings.load_in_4bit:  # the base is read by its names then, without the renaming that transformers knows
+            drop_output_matrix(model)
+            find_parts(model, WeightFiles(folder, name), torch.float32, "meta", name)
         targets = settings.lora_target_modules or attention_targets(model)
         try:
             model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"))
@@ -115,6 +121,8 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
             )
     else:
         read_policy(config.distributed.deepspeed)
+    if config.train.bf16 != "auto":
+        four_bit_form(config.student, torch.bfloat16 if config.train.bf16 else torch.float32)
     folder = RunFolder(config)
     folder.check()
     tables = {}
@@ -125,7 +133,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     teacher_folder = _model_folder(config.teacher.model_name_or_path, "teacher.model_name_or_path")
     base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
-    _check_layers(base_config, config.student)
+    _check_layers(base_config, config.student, base_folder)
     _check_positions(base_config, config.data.max_length)
     tokenizer = load_tokenizer(base_folder)
     encoder = PairEncoder(

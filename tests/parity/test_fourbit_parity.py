@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zero
 from gang import run_gang
 from peft import LoraConfig, get_peft_model
 from tiny import pair_table, save_student, started_student, unit_vectors
@@ -15,7 +16,7 @@ from zero import SGD, start_engine
 
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import LossConfig
-from flipkd_dist.engine import PlainEngine
+from flipkd_dist.engine import PlainEngine, ZeroPlacement
 from flipkd_dist.evaluate import pair_texts
 from flipkd_dist.fourbit import Linear4bit
 from flipkd_dist.order import Order
@@ -97,8 +98,17 @@ def train_dense(folder):
     return train(*start_engine(folder, 0))
 
 
+class NothingWhole(ZeroPlacement):
+    """Every part is in its shards before the next one is read."""
+
+    def place(self, part):
+        super().place(part)
+        assert all(parameter.numel() == 0 and parameter.ds_tensor is not None for parameter in part.parameters())
+
+
 def held(folder):
     """Packed bytes and other elements of the base that this rank holds, all there are, and those that are live."""
+    zero.ZeroPlacement = NothingWhole  # in this forked process alone
     engine, _ = start_engine(folder, 3, load_in_4bit=True)
     packed = [module.weight for module in engine.student.modules() if isinstance(module, Linear4bit)]
     rest = [p for p in engine.student.parameters() if not p.requires_grad and p.dtype == torch.float32]

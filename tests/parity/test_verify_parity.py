@@ -7,13 +7,18 @@ import pytest
 import torch
 from gang import run_gang
 from tiny import pair_table, save_student, started_student
-from zero import start_engine
+from zero import SGD, start_engine
 
+from flipkd_dist.base import load_tokenizer
 from flipkd_dist.base_loader import Streamed
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.config import StudentConfig
+from flipkd_dist.engine import DeepSpeedEngine, ZeroPlacement, prepare_deepspeed
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import pair_texts
 from flipkd_dist.fourbit import Linear4bit
+from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.student import load_student
 from flipkd_dist.verify import check_first_forward
 from flipkd_dist.world import World
 
@@ -170,3 +175,57 @@ def test_a_reference_that_cannot_be_read_is_told_to_every_rank(folder):
     assert run_gang(2, broken, folder, "always") == ["UserError names differ"] * 2
     for error in run_gang(2, broken, folder, "never mind"):
         assert error.startswith("RuntimeError train.verify: the unsharded forward failed (ValueError: no reason)")
+
+
+def check_in_bf16(folder, storage, stage):
+    """The check of a bf16 engine; the largest difference of a spoilt one; losses of two updates."""
+    world, lines = World.current(), []
+    ds_config = {
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    prepare_deepspeed(use_gpu=False)
+    settings = StudentConfig(
+        model_name_or_path="tiny", load_in_4bit=True, bnb_4bit_quant_storage=storage, lora_dropout=0.0
+    )
+    encoder = PairEncoder(load_tokenizer(folder), "do i same ? {text_a} | {text_b} =", ["yes", "no"], 120)
+    load = partial(load_student, folder, settings, encoder.answer_ids, 16, dtype=torch.bfloat16)
+    engine = DeepSpeedEngine(load(placement=ZeroPlacement(ds_config)), SGD, ds_config)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("flipkd_dist").addHandler(handler)
+    logging.getLogger("flipkd_dist").setLevel(logging.INFO)
+    make_batch = BatchMaker(encoder, engine.student, share_prefix=True)
+    check_first_forward(engine, world, make_batch(TEXTS), load)
+    engine.student.train()
+    losses = []
+    for _ in range(2):
+        logits, *_ = engine.forward(**make_batch(TEXTS).tensors("cpu"))
+        loss = logits.square().mean()
+        losses.append(loss.item())
+        engine.backward(loss, last=True)
+        engine.step(0.03)
+    packed = [module.weight for module in engine.student.modules() if isinstance(module, Linear4bit)]
+    error = None
+    for parameter in packed[-3:]:
+        parameter.ds_tensor.zero_() if stage == 3 else parameter.data.zero_()
+    try:
+        check_first_forward(engine, world, make_batch(TEXTS), load)
+    except RuntimeError as caught:
+        error = str(caught)
+    return lines, losses, {str(parameter.dtype) for parameter in packed}, error
+
+
+@pytest.mark.parametrize(("storage", "stage"), [("uint8", 3), ("bfloat16", 3), ("bfloat16", 1)])
+def test_bf16_engines(folder, storage, stage):
+    """No packed byte is cast, in any storage that is allowed: the check compares with bytes that no engine touched."""
+    ranks = run_gang(2, check_in_bf16, folder, storage, stage)
+    [line] = [line for line in ranks[0][0] if line.startswith("the first forward equals an unsharded one up to ")]
+    assert float(line.split("up to ")[1].split()[0]) < 1e-2
+    for _, losses, dtypes, error in ranks:
+        assert dtypes == {f"torch.{storage}"} and losses[1] < losses[0]
+        assert "(3e-02 is allowed)" in error

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import save_student, save_teacher, sentences
 
 from flipkd_dist import cli, pipeline
@@ -412,6 +413,19 @@ def own_code(desk: Desk) -> None:
     (folder / "configuration_own.py").write_text("raise SystemExit('it was run')\n")
 
 
+def cast_bytes(desk: Desk) -> None:
+    desk.set("train.bf16", True)
+    desk.set("student.load_in_4bit", True)
+    desk.set("student.bnb_4bit_quant_storage", "float32")
+
+
+def other_names(desk: Desk) -> None:
+    desk.set("student.load_in_4bit", True)
+    path = desk.own_model("student") / "model.safetensors"
+    weights = load_file(path)
+    save_file({name.replace("down_proj", "w2"): value for name, value in weights.items()}, path)
+
+
 def quantised(desk: Desk) -> None:
     method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     desk.edit_json(desk.own_model("student") / "config.json", quantization_config=method)
@@ -462,6 +476,16 @@ MODELS = {
     "missing shard": (missing_shard, f"my-student/{SHARD} is missing or damaged", ": get the model again"),
     "encoder": (lambda d: d.set(STUDENT, str(d.models / "teacher")), "(bert) is not a causal LM", ": take"),
     "own code": (own_code, "my-student brings its own code", ", which is never run: take its edition"),
+    "4-bit storage": (
+        cast_bytes,
+        "student.bnb_4bit_quant_storage: float32 in a bfloat16 run: engines cast",
+        ": take auto, uint8 or bfloat16",
+    ),
+    "4-bit names": (
+        other_names,
+        "my-student lacks 2 weights under the names of ",
+        "or set student.load_in_4bit to false",
+    ),
     "quantised": (quantised, "my-student is quantised already", ": take the original weights"),
 }
 

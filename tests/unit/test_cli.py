@@ -9,7 +9,7 @@ from flipkd_dist import cli as command_line
 from flipkd_dist.cli import cli
 from flipkd_dist.errors import StoppedOnRequest, UserError
 
-CONFIGURED = {"run", "score", "train", "evaluate", "register", "show"}
+CONFIGURED = {"run", "score", "train", "evaluate", "register", "show", "plan"}
 
 
 def answer(*arguments: str) -> str:

@@ -1,0 +1,252 @@
+"""The verb `plan`: every layout of a configuration, which of them fits, and the cheapest one, as a table or as JSON."""
+
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+from flipkd_dist.config import RunConfig
+from flipkd_dist.ds_config import read_policy
+from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings, largest_batch, predict
+from flipkd_dist.planner_devices import DEFAULT, GIB, Device, find_device
+from flipkd_dist.planner_shape import Shape, student_shape
+from flipkd_dist.planner_speed import Speed, predict_speed
+
+VERSION = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout at the configured batch, and the most pairs that it could hold."""
+
+    layout: Layout
+    runs: bool  # this package starts it: stage 0 is for one worker
+    fits: bool
+    largest_pairs: int  # per device
+    memory: Memory
+    speed: Speed
+
+    @classmethod
+    def from_dict(cls, value: dict) -> "Row":
+        kinds = {"layout": Layout, "memory": Memory, "speed": Speed}
+        return cls(**{key: kinds[key](**one) if key in kinds else one for key, one in value.items()})
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    layout: Layout | None
+    pairs: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    base_weights: int
+    lora_weights: int
+    device: Device
+    device_is_default: bool
+    usable_bytes: int
+    workload: Workload
+    micro_steps: int
+    rows: tuple[Row, ...]
+    recommendation: Recommendation
+
+    def as_dict(self) -> dict:
+        return {"version": VERSION, **asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def from_dict(cls, value: dict) -> "Plan":
+        value = {key: one for key, one in value.items() if key != "version"}
+        advice = value["recommendation"]
+        layout = Layout(**advice["layout"]) if advice["layout"] else None
+        return cls(
+            **{
+                **value,
+                "device": Device(**value["device"]),
+                "workload": Workload(**value["workload"]),
+                "rows": tuple(Row.from_dict(row) for row in value["rows"]),
+                "recommendation": Recommendation(**{**advice, "layout": layout}),
+            }
+        )
+
+
+def make_plan(
+    config: RunConfig,
+    device: str | None = None,
+    memory_gib: float | None = None,
+    tflops: float | None = None,
+    num_workers: int | None = None,
+    tokens_per_pair: int | None = None,
+) -> Plan:
+    """Predict every layout of the configured student; starts nothing and loads no weights.
+
+    Args:
+        device: a name of `planner_devices`; None takes the default, or `cpu` where the run uses no GPU.
+        tokens_per_pair: None takes `data.max_length`, the most that a pair can have.
+    Raises:
+        UserError
+    """
+    shape = student_shape(config)
+    name = device or ("cpu" if config.distributed.use_gpu is False else DEFAULT)
+    chosen = find_device(name, memory_gib, tflops)
+    bf16 = chosen.is_gpu if config.train.bf16 == "auto" else config.train.bf16
+    work = Workload(
+        pairs=config.train.per_device_train_batch_size,
+        tokens_per_pair=tokens_per_pair or config.data.max_length,
+        value_bytes=2 if bf16 else 4,
+        lora_dropout=config.student.lora_dropout,
+        on_gpu=chosen.is_gpu,
+        double_quant=config.student.bnb_4bit_use_double_quant,
+    )
+    settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
+    workers = num_workers or config.distributed.num_workers
+    rows = tuple(_row(shape, layout, work, settings[layout.stage], chosen, steps) for layout in layouts(workers))
+    return Plan(
+        model=shape.model_type,
+        base_weights=shape.kept + shape.output_matrix,
+        lora_weights=shape.lora,
+        device=chosen,
+        device_is_default=device is None,
+        usable_bytes=int(chosen.usable_bytes),
+        workload=work,
+        micro_steps=steps,
+        rows=rows,
+        recommendation=recommend(rows, config, work.pairs, int(chosen.usable_bytes)),
+    )
+
+
+def zero_settings(config: RunConfig) -> dict[int, ZeroSettings]:
+    """By stage: the configured file for its own stage, the bundled ones for the others."""
+    policies = {stage: read_policy(f"ds_configs/zero{stage}.json") for stage in (1, 2, 3)}
+    if config.distributed.deepspeed is not None:
+        policy = read_policy(config.distributed.deepspeed)
+        policies[policy["zero_optimization"]["stage"]] = policy
+    return {0: ZeroSettings()} | {
+        stage: ZeroSettings.of(policy["zero_optimization"]) for stage, policy in policies.items()
+    }
+
+
+def layouts(workers: int) -> list[Layout]:
+    """All that make sense, in the order of the table; the plain engine has no offloading."""
+    return [
+        Layout(stage, workers, four_bit, offload, checkpointing)
+        for stage, four_bit, offload, checkpointing in product(range(4), *[(False, True)] * 3)
+        if stage or not offload
+    ]
+
+
+def _row(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, device: Device, micro_steps: int) -> Row:
+    memory = predict(shape, layout, work, zero)
+    return Row(
+        layout=layout,
+        runs=layout.stage > 0 or layout.world_size == 1,
+        fits=max(memory.peak, memory.load_peak) <= device.usable_bytes,
+        largest_pairs=largest_batch(shape, layout, work, zero, device.usable_bytes),
+        memory=memory,
+        speed=predict_speed(shape, layout, work, zero, device, micro_steps),
+    )
+
+
+def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int) -> Recommendation:
+    """The lowest stage that fits as configured; else with as few changes as possible, the dearest last."""
+    configured = Layout(0, 0, config.student.load_in_4bit, False, config.train.gradient_checkpointing)
+    changes = [
+        {},
+        {"gradient_checkpointing": True},
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "gradient_checkpointing": True},
+        {"load_in_4bit": True, "gradient_checkpointing": True, "offload_optimizer": True},
+    ]
+    for change in changes:
+        wanted = replace(configured, **change)
+        like = [row for row in rows if row.runs and _modes(row.layout) == _modes(wanted)]
+        for row in (one for one in like if one.fits):
+            return Recommendation(row.layout, pairs, _reason(row, rows, configured, pairs, usable))
+    best = max((row for row in rows if row.runs), key=lambda row: row.largest_pairs)
+    if best.largest_pairs:
+        lowest = next(row for row in rows if row.runs and row.largest_pairs == best.largest_pairs)
+        reason = f"no layout holds {pairs} pairs a device; {title(lowest.layout)} holds {best.largest_pairs}, the most"
+        return Recommendation(lowest.layout, best.largest_pairs, f"{reason}.")
+    least = min((row for row in rows if row.runs), key=lambda row: row.memory.peak)
+    return Recommendation(
+        None,
+        0,
+        f"nothing fits: {title(least.layout)} takes the least, {_gib(least.memory.peak)} GiB of {_gib(usable)} usable; "
+        "take more workers, a larger device or shorter texts.",
+    )
+
+
+def _modes(layout: Layout) -> tuple[bool, bool, bool]:
+    return layout.load_in_4bit, layout.offload_optimizer, layout.gradient_checkpointing
+
+
+def _reason(row: Row, rows: tuple[Row, ...], configured: Layout, pairs: int, usable: int) -> str:
+    """One sentence: what it takes, why no lower stage, why not as configured."""
+    layout = row.layout
+    text = (
+        f"{title(layout)}: the lowest stage that fits {pairs} pairs a device takes {_need(row)} of {_gib(usable)} GiB"
+    )
+    below = [one for one in rows if one.layout.stage == layout.stage - 1 and _modes(one.layout) == _modes(layout)]
+    for one in below:
+        why = "runs in one process only" if one.fits else f"would take {_need(one)}"
+        text += f", {title(one.layout)} {why}"
+    if _modes(layout) != _modes(configured):
+        as_configured = [one for one in rows if one.runs and _modes(one.layout) == _modes(configured)]
+        least = min(as_configured, key=lambda one: one.memory.peak)
+        text += f", and as configured the least is {_need(least)} ({title(least.layout)})"
+    return text + ("; a higher stage would only send more." if layout.stage < 3 else ".")
+
+
+def _need(row: Row) -> str:
+    return _gib(max(row.memory.peak, row.memory.load_peak))
+
+
+def title(layout: Layout) -> str:
+    name = f"ZeRO-{layout.stage}" if layout.stage else "one process" if layout.world_size == 1 else "DDP"
+    modes = zip(("4-bit", "offload", "checkpointing"), _modes(layout), strict=True)
+    return " + ".join([name, *(mode for mode, on in modes if on)])
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f}"
+
+
+COLUMNS = ("weights", "lora", "gradients", "optimizer", "buckets", "gather", "activations", "workspace")
+
+
+def table(plan: Plan) -> str:
+    """For reading: GiB per device, one line a layout."""
+    work, device = plan.workload, plan.device
+    chosen = " (the default: name yours with --device)" if plan.device_is_default and device.is_gpu else ""
+    workers = plan.rows[0].layout.world_size
+    lines = [
+        f"{plan.model}: {plan.base_weights / 1e9:.3f} B frozen weights, {plan.lora_weights / 1e6:.1f} M of LoRA "
+        f"({plan.lora_weights / (plan.base_weights + plan.lora_weights):.2%})",
+        f"{workers} x {device.name}{chosen}: {device.memory_gib:g} GiB, {_gib(plan.usable_bytes)} usable; "
+        f"{'bf16' if work.value_bytes == 2 else 'fp32'}, {work.pairs} pairs a device and micro-step, "
+        f"{work.tokens_per_pair} tokens a pair, none of them shared",
+        f"speed: {device.tflops(work.value_bytes):g} TFLOP/s at {device.mfu:.0%} efficiency, an assumption; "
+        "4N operations a token",
+        "",
+    ]
+    header = ["GiB per device", *COLUMNS, "PEAK", "load", "host", "fits", "pairs", "wire", "step s", "pairs/s", "tok/s"]
+    cells = [header]
+    for row in plan.rows:
+        memory, speed = row.memory, row.speed
+        cells.append(
+            [
+                title(row.layout),
+                *(_gib(getattr(memory, name)) for name in (*COLUMNS, "peak", "load_peak", "host")),
+                "yes" if row.fits and row.runs else "no" if row.runs else "(yes)" if row.fits else "(no)",
+                str(row.largest_pairs),
+                _gib(speed.wire_bytes),
+                f"{speed.step_s:.3g}",
+                f"{speed.pairs_per_s:.3g}",
+                f"{speed.tokens_per_s:.0f}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    for line in cells:
+        lines.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+    if workers > 1:
+        lines += ["", "(yes), (no): DDP is for comparison, this package trains without DeepSpeed on one worker"]
+    return "\n".join([*lines, "", f"recommended: {plan.recommendation.reason}"])

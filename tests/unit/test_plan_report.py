@@ -1,0 +1,130 @@
+"""The verb `plan`: from a folder with a config.json alone to a table, JSON and a recommendation."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from transformers import Qwen2Config
+
+from flipkd_dist.cli import cli
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.plan_report import Plan, layouts, make_plan, table
+from flipkd_dist.planner import Layout
+from flipkd_dist.planner_devices import DEFAULT, DEVICES, GIB, USABLE, find_device
+
+SMALL = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Names data and weights that do not exist."""
+    Qwen2Config(vocab_size=1000, **SMALL).save_pretrained(tmp_path / "student")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"name: x\noutput_dir: {tmp_path}/runs\ndata: {{train: nowhere.csv, max_length: 64}}\n"
+        f"student: {{model_name_or_path: {tmp_path}/student, lora_r: 32}}\n"
+    )
+    return path
+
+
+def configured(folder, **sections) -> RunConfig:
+    student = {"model_name_or_path": str(folder), "lora_r": 32} | sections.pop("student", {})
+    return RunConfig.model_validate({"name": "x", "student": student, **sections})
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["plan", *map(str, arguments)], prog_name="flipkd")
+
+
+def test_a_configuration_alone_is_enough_and_nothing_is_left_behind(config_file):
+    before = sorted(config_file.parent.rglob("*"))
+    result = run(config_file, "distributed.num_workers=4", "--device", "rtx4090")
+    assert result.exit_code == 0, result.output
+    assert sorted(config_file.parent.rglob("*")) == before
+    lines = result.output.splitlines()
+    assert "4 x rtx4090: 24 GiB, 21.6 usable; bf16, 32 pairs a device" in result.output and "64 tokens" in result.output
+    rows = [line for line in lines if line.startswith(("DDP", "ZeRO-"))]
+    assert len(rows) == 4 + 3 * 8
+    assert [row[:6] for row in rows[::4]] == ["DDP   ", *["ZeRO-1"] * 2, *["ZeRO-2"] * 2, *["ZeRO-3"] * 2]
+    assert lines[-1].startswith("recommended: ZeRO-1: the lowest stage that fits 32 pairs a device takes ")
+    assert lines[-1].count(". ") == 0
+
+
+def test_json_holds_the_whole_plan(config_file):
+    result = run(
+        config_file, "--json", "--device-memory", 3, "--tflops", 50, "--num-workers", 2, "--tokens-per-pair", 9
+    )
+    assert result.exit_code == 0, result.output
+    value = json.loads(result.output)
+    assert value["version"] == 1 and set(value["rows"][0]) == {
+        "layout",
+        "runs",
+        "fits",
+        "largest_pairs",
+        "memory",
+        "speed",
+    }
+    plan = Plan.from_dict(value)
+    assert json.loads(json.dumps(plan.as_dict())) == value
+    assert plan.device == replace(DEVICES[DEFAULT], memory_gib=3, bf16_tflops=50, fp32_tflops=50)
+    assert plan.workload.tokens_per_pair == 9 and plan.rows[-1].layout.world_size == 2
+    assert table(plan).splitlines()[-1] == f"recommended: {plan.recommendation.reason}"
+
+
+def test_mistakes_are_one_line(config_file):
+    assert "--device gtx1: unknown: take one of" in str(run(config_file, "--device", "gtx1").exception)
+    with pytest.raises(UserError, match=r"^distributed\.deepspeed: none\.json cannot be read"):
+        make_plan(configured(config_file.parent / "student", distributed={"deepspeed": "none.json"}))
+    assert run(config_file, "--num-workers", 0).exit_code == 2
+
+
+def test_the_device_follows_the_run_unless_it_is_named(config_file):
+    folder = config_file.parent / "student"
+    assert make_plan(configured(folder)).device.name == DEFAULT
+    plan = make_plan(configured(folder, distributed={"use_gpu": False}))
+    assert plan.device.name == "cpu" and plan.workload.value_bytes == 4 and not plan.workload.on_gpu
+    assert find_device("A100-40GB", tflops=7).tflops(2) == 7
+    assert find_device("h100-80gb").wire_gb_s(8) > find_device("h100-80gb").wire_gb_s(9)
+
+
+def test_stage_0_is_for_one_worker_and_does_not_offload():
+    assert not any(layout.offload_optimizer for layout in layouts(2) if layout.stage == 0)
+    assert len(layouts(2)) == 28 and layouts(2)[0] == Layout(0, 2)
+
+
+def test_the_lowest_stage_that_fits_is_recommended(config_file):
+    folder = config_file.parent / "student"
+
+    def advice(memory_gib, workers, **sections):
+        return make_plan(configured(folder, **sections), None, memory_gib, None, workers).recommendation
+
+    ample = advice(80, 1)
+    assert ample.layout == Layout(0, 1) and ample.pairs == 32
+    assert advice(80, 2).layout == Layout(1, 2)
+    assert "runs in one process only" in advice(80, 2).reason
+    whole, checkpointed = (row.memory.peak for row in make_plan(configured(folder)).rows[:2])
+    between = (whole + checkpointed) / 2 / USABLE / GIB
+    assert advice(between, 1).layout == Layout(0, 1, gradient_checkpointing=True)
+    assert "as configured the least is" in advice(between, 1).reason
+    kept = advice(80, 2, student={"load_in_4bit": True}, train={"gradient_checkpointing": True})
+    assert kept.layout == Layout(1, 2, True, False, True)
+    nothing = advice(0.001, 4)
+    assert nothing.layout is None and nothing.pairs == 0 and nothing.reason.startswith("nothing fits")
+
+
+def test_a_smaller_batch_is_proposed_where_the_configured_one_fits_nowhere(config_file):
+    folder = config_file.parent / "student"
+    plan = make_plan(configured(folder, train={"per_device_train_batch_size": 100_000}), memory_gib=10, num_workers=2)
+    best = max(row.largest_pairs for row in plan.rows if row.runs)
+    assert 0 < plan.recommendation.pairs == best < 100_000
+    assert plan.recommendation.reason.startswith("no layout holds 100000 pairs a device; ZeRO-")
+
+
+def test_a_policy_of_ones_own_counts(tmp_path, config_file):
+    policy = tmp_path / "own.json"
+    policy.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}}))
+    config = configured(config_file.parent / "student", distributed={"deepspeed": str(policy)})
+    by_stage = {row.layout.stage: row.memory.buckets for row in make_plan(config, num_workers=2).rows}
+    assert by_stage == {0: 0, 1: 1_000_000_000, 2: 2_000_000, 3: 1_000_000_000}
