@@ -7,6 +7,7 @@ import torch
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe, load_weights
 from flipkd_dist.base import check_base, fills_blank, load_tokenizer, shares_prefix
+from flipkd_dist.base_loader import Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -51,7 +52,7 @@ class Matcher:
         )
         blank = fills_blank(check_base(base, settings))
         encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
-        student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype)
+        student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype, placement=Whole(device))
         load_weights(student, folder / WEIGHTS)
         self.threshold, self.student = card.threshold, student.to(device).eval()
         self.make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, card.max_length))

@@ -36,7 +36,7 @@ def write_model(folder: Path, num_layers: int) -> int:
     for file, (prefix, tensors) in files.items():
         save_file({prefix + name: value for name, value in tensors.items()}, folder / file)
         index |= {prefix + name: file for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return sum(value.nbytes for value in layer.values())
 
 
