@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +49,12 @@ class AdapterCard:
     bnb_4bit_use_double_quant: bool = True
     format_version: int = 1
 
+    @property
+    def four_bits(self) -> str:
+        """How the base's weights were packed, in words."""
+        scales = ", double quantisation" if self.bnb_4bit_use_double_quant else ""
+        return f"a base in 4 bits ({self.bnb_4bit_quant_type}{scales})"
+
     @classmethod
     def read(cls, folder: Path) -> "AdapterCard":
         value = read_json(folder / "flipkd.json")
@@ -64,11 +71,14 @@ def peft_name(parameter_name: str) -> str:
     return parameter_name.replace(".default", "")
 
 
-def save_adapter(folder: Path, student: Student, state: dict[str, Tensor], tokenizer, card: AdapterCard) -> None:
+def save_adapter(
+    folder: Path, student: Student, state: dict[str, Tensor], tokenizer, card: AdapterCard, idle: Set[str] = frozenset()
+) -> None:
     """Write the folder whole or not at all, then reopen and verify it.
 
     Args:
         state: whole LoRA tensors by parameter name.
+        idle: names of those that no loss reaches, which may be zero.
     Raises:
         RuntimeError: the folder does not hold what was trained.
     """
@@ -81,13 +91,14 @@ def save_adapter(folder: Path, student: Student, state: dict[str, Tensor], token
     tokenizer.save_pretrained(draft)
     write_json(draft / "flipkd.json", asdict(card))
     names = [peft_name(name) for name in student.lora_parameters()]
-    verify_adapter(draft, {name: tuple(weights[name].shape) if name in weights else () for name in names})
+    expected = {name: tuple(weights[name].shape) if name in weights else () for name in names}
+    verify_adapter(draft, expected, {peft_name(name) for name in idle})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 
 
-def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Reopen the weights: every name with its shape, finite, and no LoRA-B left at zero.
+def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]], idle: Set[str] = frozenset()) -> None:
+    """Reopen the weights: every name with its shape, finite, and no LoRA-B left at zero but the `idle` ones.
 
     Raises:
         RuntimeError: one line that says what is wrong.
@@ -100,7 +111,7 @@ def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     for name, value in found.items():
         if not torch.isfinite(value).all():
             raise RuntimeError(f"{folder / WEIGHTS}: {name} is not finite: lower train.learning_rate")
-        if ".lora_B." in name and not value.any():
+        if ".lora_B." in name and name not in idle and not value.any():
             raise RuntimeError(f"{folder / WEIGHTS}: {name} is all zero, nothing was learnt there: train longer")
 
 

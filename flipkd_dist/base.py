@@ -88,6 +88,15 @@ def check_parts(model: nn.Module, name: str) -> None:
         )
 
 
+def check_positions(base_config: PreTrainedConfig, max_length: int) -> None:
+    """A learnt table of positions ends; rotary ones beyond those of the pretraining are no better."""
+    positions = getattr(base_config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length: {max_length} tokens, but the student's base has {positions} positions: lower it"
+        )
+
+
 def shares_prefix(config, max_length: int) -> bool:
     """Whether packed rows are exact: causal attention alone, no biases by distance in the row, no window that cuts."""
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

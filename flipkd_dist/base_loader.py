@@ -163,6 +163,7 @@ def load_parts(
         UserError: names or shapes that the files do not have.
     """
     if form is not None:
+        check_packable(model, name)
         for layer in decoder_layers(model, name):
             _replace_linear(layer, form)
     for part in find_parts(model, weights, dtype, placement.device, name):
@@ -189,7 +190,25 @@ def decoder_layers(model: PreTrainedModel, name: str) -> list[nn.Module]:
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    raise UserError(f"{KEY}: {name} ({type(model).__name__}) has no list of {count} layers: set load_in_4bit to false")
+    raise UserError(
+        f"{KEY}: {name} ({type(model).__name__}) has no list of {count} layers: 4 bits and merging need one"
+    )
+
+
+def check_packable(model: PreTrainedModel, name: str) -> None:
+    """Four bits are for linear layers: any other matrix of a decoder layer would silently stay as it is.
+
+    Raises:
+        UserError
+    """
+    for layer in decoder_layers(model, name):
+        for path, module in layer.named_modules():
+            large = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
+            if large and not isinstance(module, nn.Linear):
+                raise UserError(
+                    f"student.load_in_4bit: {path}.{large[0]} in the layers of {name} ({type(module).__name__}) is no "
+                    "linear layer and would not be packed: set it to false"
+                )
 
 
 def _replace_linear(layer: nn.Module, form: FourBit) -> None:

@@ -6,6 +6,7 @@ ranks, or another ZeRO stage, reads other ranges of the same tensors.
 
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.run_folder import CHECKPOINT_FORMAT, read_json, write_json
 from flipkd_dist.slices import KINDS, Slice
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+NAME = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Checkpoint:
 
     def flaw(self) -> str | None:
         """Why the checkpoint cannot be used, or None."""
-        if not isinstance(self.manifest, dict) or self.manifest.get("format_version") != FORMAT_VERSION:
+        if not isinstance(self.manifest, dict) or self.manifest.get("format_version") != CHECKPOINT_FORMAT:
             return f"{MANIFEST} is damaged or of another version"
         for file, entry in self.manifest["files"].items():
             size = (self.path / file).stat().st_size if (self.path / file).is_file() else 0
@@ -107,7 +108,7 @@ def file_of_rank(rank: int) -> str:
 
 def save_checkpoint(
     folder: Path, step: int, slices: dict[str, Slice], random: dict[str, Tensor], manifest: dict[str, Any], world: World
-) -> None:
+) -> Checkpoint:
     """Write `folder/step-000100/`, each rank its own file; a kill leaves it whole or not there. Every rank calls it.
 
     Args:
@@ -133,32 +134,49 @@ def save_checkpoint(
         os.fsync(written.fileno())
     ranges = {name: [part.start, part.stop] for name, part in slices.items()}
     entries = world.gather_object({"bytes": file.stat().st_size, "slices": ranges})
+    files = {file_of_rank(rank): entry for rank, entry in enumerate(entries)}
+    manifest = {"format_version": CHECKPOINT_FORMAT, "step": step, **manifest, "files": files}
     if world.is_main:
-        files = {file_of_rank(rank): entry for rank, entry in enumerate(entries)}
         if unseen := [name for name in files if not (draft / name).is_file()]:
             raise RuntimeError(
                 f"{draft}: {unseen[0]} of another worker is not seen here: output_dir must lie on storage that every "
                 "worker reaches"
             )
-        write_json(draft / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, **manifest, "files": files})
+        write_json(draft / MANIFEST, manifest)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(draft, target)
     world.barrier()  # no rank may end the job before the checkpoint is there
+    return Checkpoint(target, manifest)
+
+
+def amend_manifest(found: Checkpoint, values: dict[str, Any]) -> None:
+    """Add what is known only after the checkpoint was written; rank 0 calls it."""
+    write_json(found.path / MANIFEST, {**found.manifest, **values})
+
+
+def _all(folder: Path) -> list[Checkpoint]:
+    """Whole or not, oldest first."""
+    paths = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return [Checkpoint(path, read_json(path / MANIFEST)) for path in sorted(paths, key=lambda path: int(path.name[5:]))]
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """All that look whole, oldest first."""
-    found = [Checkpoint(path, read_json(path / MANIFEST)) for path in folder.glob("step-*")]
-    return sorted((found for found in found if found.flaw() is None), key=lambda found: found.step)
+    """All that are whole, oldest first."""
+    return [found for found in _all(folder) if found.flaw() is None]
+
+
+def remove_drafts(folder: Path) -> None:
+    """What kills have left of checkpoints that were never finished."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The one to resume from; a newer one that is damaged is passed over with a warning."""
-    for path in sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
-        found = Checkpoint(path, read_json(path / MANIFEST))
+    for found in reversed(_all(folder)):
         if (flaw := found.flaw()) is None:
             return found
-        logger.warning("warning: %s is not resumed from: %s", path, flaw)
+        logger.warning("warning: %s is not resumed from: %s", found.path, flaw)
     return None
 
 
@@ -172,6 +190,6 @@ def keep_checkpoints(folder: Path, count: int) -> None:
     whole = checkpoints(folder)
     scored = sorted((c for c in whole if c.manifest["score"] is not None), key=lambda c: c.merit)
     kept = {found.path for found in (*whole[-count:], *scored[-count:])}
-    for path in folder.glob("step-*"):
-        if path not in kept:
-            shutil.rmtree(path)
+    for found in whole:
+        if found.path not in kept:
+            shutil.rmtree(found.path)

@@ -10,7 +10,7 @@ import click
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.stop import handling, stop_at_once
 
@@ -259,7 +259,7 @@ def main() -> None:
         sys.exit(_fail("interrupted", 1))
     except UserError as error:
         sys.exit(_fail(str(error), 2))
-    except StoppedOnRequest as error:
+    except (StoppedOnRequest, StoppedAtOnce) as error:
         sys.exit(_fail(str(error), 75))
     except Exception as error:
         if debug:

@@ -49,6 +49,12 @@ def read_policy(path: str) -> dict[str, Any]:
         raise UserError(f"distributed.deepspeed: {path} sets no zero_optimization.stage: add one of 1, 2, 3") from None
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise UserError(f"distributed.deepspeed: {path}: zero_optimization.stage is {stage!r}: take 1, 2 or 3")
+    for key, value in policy["zero_optimization"].items():
+        if value == "auto":
+            raise UserError(
+                f"distributed.deepspeed: {path}: zero_optimization.{key} is auto, which this package does not fill in: "
+                "write a number or leave it out"
+            )
     for key in ("offload_optimizer", "offload_param"):
         if (policy["zero_optimization"].get(key) or {}).get("device") == "nvme":
             raise UserError(

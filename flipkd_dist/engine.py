@@ -3,6 +3,7 @@
 The only module that imports deepspeed, inside the functions that need it.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,8 +131,11 @@ class DeepSpeedEngine:
     def lora_state(self) -> dict[str, Tensor]:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.parameters.values()), enabled=self.stage == 3):
-            return {name: parameter.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+        state = {}
+        for name, parameter in self.parameters.items():  # one at a time: together they may be gigabytes
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                state[name] = parameter.detach().float().cpu().clone()
+        return state
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -179,7 +183,14 @@ class DeepSpeedEngine:
         zero.checkpoint_event_epilogue()  # and gather them again
 
     def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
         self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed 0.19 would keep the student there for good
+        del self.engine, self.student, self.parameters
+        gc.collect()  # hooks and modules refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

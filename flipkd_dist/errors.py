@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class StoppedOnRequest(Exception):
     """A termination signal was honoured after a complete checkpoint (exit code 75)."""
+
+
+class StoppedAtOnce(BaseException):
+    """A termination signal came where nothing is lost (exit code 75); no `except Exception` may hold it up."""

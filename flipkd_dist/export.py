@@ -87,7 +87,8 @@ def merge_mode(card: AdapterCard, wanted: str | None) -> str:
 def write_companions(folder: Path, base: Path, encoder: PairEncoder) -> None:
     """What stands beside the weights: configuration, generation settings if the base has some, tokenizer."""
     config = read_json(base / "config.json")
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "auto_map"):  # code that is not copied must not be asked for
+        config.pop(key, None)
     write_json(folder / "config.json", config)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")

@@ -19,7 +19,7 @@ Decides whether two texts match: p(match) from a causal language model, trained 
 (FlipKD, arXiv 2507.05617) with `flipkd_dist`. The adapter is merged into the weights; no PEFT is needed.
 
 - base: `{card.base_model}`, fingerprint `{card.base_fingerprint}`
-- adapter: step {card.step}, trained in {card.dtype}
+- adapter: step {card.step}, trained in {card.dtype}{form}
 - merged into: {merge} (`--merge {mode}`)
 - drift: {drift}
 - answers: {answers}; a pair matches where p(match) reaches {card.threshold!r}
@@ -79,4 +79,7 @@ def merged_card(title: str, card: AdapterCard, mode: str, drift: str, encoder: P
         threshold=card.threshold,
     )
     answers = " (match) and ".join(f"`{answer}`" for answer in card.answers)
-    return CARD.format(card=card, title=title, mode=mode, merge=MERGES[mode], drift=drift, answers=answers, code=code)
+    form = f" on {card.four_bits}" if card.load_in_4bit else ""
+    return CARD.format(
+        card=card, form=form, title=title, mode=mode, merge=MERGES[mode], drift=drift, answers=answers, code=code
+    )

@@ -37,9 +37,13 @@ class MetricLog:
         self._keep_lines(0)
         self.tracker.pass_over_known()
 
-    def resume(self, step: int, state: dict[str, list[float]]) -> None:
-        """Go on after `step`: lines beyond it are dropped, so that each step stands once."""
-        self._keep_lines(step)
+    def resume(self, step: int, state: dict[str, list[float]], unvalidated: bool) -> None:
+        """Go on after `step`: lines beyond it are dropped, so that each step stands once.
+
+        Args:
+            unvalidated: the validation of `step` is done again.
+        """
+        self._keep_lines(step, unvalidated)
         self.tracker.pass_over_known()
         self.first = step
         self.counts = torch.tensor(state["counts"], dtype=torch.float64)
@@ -53,10 +57,10 @@ class MetricLog:
         sums = self.world.sum(self.sums.to(self.world.device)).tolist()
         return {"counts": self.counts.tolist(), "sums": sums, "cut": [self.num_truncated, self.num_pairs]}
 
-    def _keep_lines(self, step: int) -> None:
+    def _keep_lines(self, step: int, unvalidated: bool = False) -> None:
         if self.world.is_main:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            write_whole(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+            write_whole(self.path, "".join(f"{line}\n" for line in lines if position(line) <= (step, not unvalidated)))
 
     def add(
         self, step: int, counts: torch.Tensor, sums: torch.Tensor, grad_norm: float, rate: float, order: Order
@@ -133,9 +137,13 @@ class MetricLog:
             )
 
 
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where a kill left half a line."""
+def position(line: str) -> tuple[float, bool]:
+    """Step of a line of metrics.jsonl, and whether it tells of a validation, which comes after the step's other lines.
+
+    The step is infinite where a kill left half a line.
+    """
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        values = json.loads(line)
+        return values["step"], any(key.startswith("validation_") for key in values)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return math.inf, True

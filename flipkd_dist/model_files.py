@@ -20,7 +20,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "tokenizer_config.json",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model",
-    "cog-pretrain.model",
+    "cog-pretrain.model", "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from flipkd_dist.config import RunConfig
-from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
 from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
@@ -21,6 +21,7 @@ from flipkd_dist.score import filter_shares, report, score
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
+from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 NUM_OFF_DIAGONAL = 100_000  # sampled pairs of first and second texts, to see what the filter keeps
@@ -120,6 +121,8 @@ class Pipeline:
         stop.forget()
         with stop.listening():
             yield
+        if stop.signalled:  # too late for a step of training: what is complete is skipped next time
+            raise StoppedOnRequest("stopped on request: run the same command again to go on")
 
     def evaluate(self) -> None:
         if not self.scored_splits:
@@ -209,7 +212,7 @@ def _told(tracker: RunLogger) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, StoppedOnRequest) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, StoppedOnRequest | StoppedAtOnce) else "FAILED")
         raise
 
 
@@ -231,15 +234,20 @@ def train_here(config: RunConfig) -> None:
         raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
     if pipeline.complete("train", pipeline.trained):
         return
-    if int(os.environ.get("RANK", 0)) > 0:
-        train(pipeline.config)
-        return
-    pipeline.folder.open()
-    run_id = pipeline.mlflow_run()
+    main = int(os.environ.get("RANK", 0)) == 0
+    if main:
+        pipeline.folder.open()
+        StopRequest(pipeline.folder.stop).forget()
+    run_id = pipeline.mlflow_run() if main else None
     tracker = RunLogger(tracking_uri(pipeline.config), run_id)
     tracker.reopen()
-    with _told(tracker):
-        StopRequest(pipeline.folder.stop).forget()
-        train(pipeline.config, run_id)
+    try:
+        with _told(tracker):
+            train(pipeline.config, run_id)
+    except StoppedOnRequest:
+        World.current().barrier()  # the launcher ends all as soon as one is gone: rank 0 has told MLflow now
+        raise
+    if not main:
+        return
     pipeline.folder.mark_done("train", pipeline.trained)
     tracker.finish()

@@ -117,12 +117,15 @@ def make_plan(
 def zero_settings(config: RunConfig) -> dict[int, ZeroSettings]:
     """By stage: the configured file for its own stage, the bundled ones for the others."""
     policies = {stage: read_policy(f"ds_configs/zero{stage}.json") for stage in (1, 2, 3)}
-    if config.distributed.deepspeed is not None:
-        policy = read_policy(config.distributed.deepspeed)
-        policies[policy["zero_optimization"]["stage"]] = policy
-    return {0: ZeroSettings()} | {
-        stage: ZeroSettings.of(policy["zero_optimization"]) for stage, policy in policies.items()
-    }
+    settings = {0: {}} | {stage: policy["zero_optimization"] for stage, policy in policies.items()}
+    own = _policy(config)
+    return {stage: ZeroSettings.of(own if stage == own.get("stage") else one) for stage, one in settings.items()}
+
+
+def _policy(config: RunConfig) -> dict:
+    """What the configured file says of ZeRO."""
+    named = config.distributed.deepspeed
+    return {} if named is None else read_policy(named)["zero_optimization"]
 
 
 def layouts(workers: int) -> list[Layout]:
@@ -148,7 +151,8 @@ def _row(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, devic
 
 def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int) -> Recommendation:
     """The lowest stage that fits as configured; else with as few changes as possible, the dearest last."""
-    configured = Layout(0, 0, config.student.load_in_4bit, False, config.train.gradient_checkpointing)
+    offloads = bool(_policy(config).get("offload_optimizer"))
+    configured = Layout(0, 0, config.student.load_in_4bit, offloads, config.train.gradient_checkpointing)
     changes = [
         {},
         {"gradient_checkpointing": True},

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from flipkd_dist.base import attention_implementation, attention_targets, check_base, check_parts
+from flipkd_dist.base import attention_implementation, attention_targets, check_base, check_parts, check_positions
+from flipkd_dist.base_loader import check_packable
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line, resolve_config
@@ -98,6 +99,7 @@ def student_shape(config: RunConfig) -> Shape:
         if config.teacher.model_name_or_path is None:
             raise UserError("student.lora_r and teacher.model_name_or_path are both missing: name one of them")
         rank = teacher_hidden_size(resolve_config(config.teacher.model_name_or_path, "teacher.model_name_or_path"))
+    check_positions(check_base(folder, settings), config.data.max_length)
     return shape_of(folder, settings, rank)
 
 
@@ -116,6 +118,8 @@ def shape_of(folder: Path, settings, rank: int) -> Shape:
                 f"student.model_name_or_path: {name}: config.json cannot be used ({one_line(error)}): take another"
             ) from None
         check_parts(model, name)
+        if settings.load_in_4bit:
+            check_packable(model, name)
         frozen = _count_frozen(model, base_config)
         targets = settings.lora_target_modules or attention_targets(model)
         try:

@@ -14,12 +14,13 @@ from flipkd_dist.base import (
     attention_targets,
     check_base,
     check_parts,
+    check_positions,
     drop_output_matrix,
     fills_blank,
     load_tokenizer,
     shares_prefix,
 )
-from flipkd_dist.base_loader import find_parts, four_bit_form
+from flipkd_dist.base_loader import check_packable, find_parts, four_bit_form
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.errors import UserError
@@ -88,6 +89,7 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder
         check_parts(model, name)
         if settings.load_in_4bit:  # the base is read by its names then, without the renaming that transformers knows
             drop_output_matrix(model)
+            check_packable(model, name)
             find_parts(model, WeightFiles(folder, name), torch.float32, "meta", name)
         targets = settings.lora_target_modules or attention_targets(model)
         try:
@@ -97,15 +99,6 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder
                 f"student.lora_target_modules: {targets} do not fit ({one_line(error)}): name linear layers"
             ) from None
     last_encoder(model, settings.encoder_module or default_encoder(targets))
-
-
-def _check_positions(base_config: PreTrainedConfig, max_length: int) -> None:
-    """A learnt table of positions ends; rotary ones beyond those of the pretraining are no better."""
-    positions = getattr(base_config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise UserError(
-            f"data.max_length: {max_length} tokens, but the student's base has {positions} positions: lower it"
-        )
 
 
 def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
@@ -122,6 +115,11 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     else:
         read_policy(config.distributed.deepspeed)
     if config.train.bf16 != "auto":
+        if config.train.bf16 == "auto" and config.student.bnb_4bit_quant_storage not in ("auto", "uint8"):
+            raise UserError(
+                f"student.bnb_4bit_quant_storage: {config.student.bnb_4bit_quant_storage} is safe in a run of that "
+                "dtype alone: set train.bf16 to true or false"
+            )
         four_bit_form(config.student, torch.bfloat16 if config.train.bf16 else torch.float32)
     folder = RunFolder(config)
     folder.check()
@@ -134,7 +132,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
     _check_layers(base_config, config.student, base_folder)
-    _check_positions(base_config, config.data.max_length)
+    check_positions(base_config, config.data.max_length)
     tokenizer = load_tokenizer(base_folder)
     encoder = PairEncoder(
         tokenizer, config.student.prompt, config.student.answers, config.data.max_length, fills_blank(base_config)

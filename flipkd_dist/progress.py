@@ -1,12 +1,18 @@
 """How far a training is: what a checkpoint remembers of it, when one is due, and how it goes on from one."""
 
 import logging
-import shutil
 from importlib.metadata import version
 
 import torch
 
-from flipkd_dist.checkpoint import Checkpoint, keep_checkpoints, newest_checkpoint, save_checkpoint
+from flipkd_dist.checkpoint import (
+    Checkpoint,
+    amend_manifest,
+    keep_checkpoints,
+    newest_checkpoint,
+    remove_drafts,
+    save_checkpoint,
+)
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import best_threshold, binary_metrics, hard_negatives, pair_texts
 from flipkd_dist.metric_log import MetricLog
@@ -15,7 +21,7 @@ from flipkd_dist.workbench import Workbench
 
 logger = logging.getLogger("flipkd_dist")
 NUM_PROBES = 64  # pairs among which the adapter's probe is chosen
-LIBRARIES = ("flipkd_dist", "torch", "transformers", "peft", "deepspeed")
+LIBRARIES = ("flipkd_dist", "torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 class Progress:
@@ -39,48 +45,48 @@ class Progress:
         world = self.bench.world
         found = newest_checkpoint(self.folder) if world.is_main else None
         found = world.gather_object(found)[0]  # one answer for all: file systems may show different ones
+        if world.is_main:
+            remove_drafts(self.folder)
         if found is None:
-            if world.is_main:
-                shutil.rmtree(self.folder, ignore_errors=True)
             answers, _ = self.bench.scores(self.probes, "probe")  # B is zero: these are the base's own answers
             self.base_answers = answers.tolist()
             self.log.begin()
             return 0
-        self._check(found)
-        engine = self.bench.engine
+        if found.manifest["inputs"] != self.inputs:
+            raise UserError(
+                f"name: {found.path} belongs to other settings, data or models: choose another name, "
+                "or remove the checkpoints"
+            )
+        engine, unvalidated = self.bench.engine, found.manifest["unvalidated"]
         wanted = {name: (part.start, part.stop) for name, part in engine.slices().items()}
         engine.restore(found.read(wanted), found.step)
         self._restore_random(found)
         self.base_answers = found.manifest["base_probes"]
-        self.log.resume(found.step, found.manifest["log"])
+        self.log.resume(found.step, found.manifest["log"], unvalidated)
         logger.info("train: resumed at step %d of %d from %s", found.step, self.num_steps, found.path)
+        for name, was in found.manifest["versions"].items():
+            if was != version(name):
+                logger.warning("warning: %s is %s now, the checkpoint was made with %s", name, version(name), was)
+        if unvalidated:
+            self._validate(found)
         return found.step
 
-    def _check(self, found: Checkpoint) -> None:
-        if found.manifest["inputs"] != self.inputs:
-            raise UserError(
-                f"name: {found.path} belongs to other training data or models: choose another name, "
-                "or remove the checkpoints"
-            )
-        was, now = found.manifest["contrast_batch"], self._contrast_batch()
-        if was != now:
-            raise UserError(
-                f"train.per_device_train_batch_size and distributed.num_workers make contrast batches of "
-                f"{now['pairs']} pairs, {found.path} has {was['pairs']}: keep their product"
-            )
-
-    def _contrast_batch(self) -> dict[str, int]:
-        return {"pairs": self.order.contrast_batch_size, "per_step": self.order.accumulation}
-
     def save_if_due(self, step: int, stopping: bool) -> None:
-        """Validate and write a checkpoint where the settings say so, at the end, and before stopping."""
-        done = step == self.num_steps
-        if step % self.eval_steps == 0 or done:
-            self._save(step, self._validate(step))
-        elif step % self.save_steps == 0 or stopping:
-            self._save(step, {"score": None, "threshold": None, "probes": None})  # to resume from, not to export
+        """Write a checkpoint and validate it where the settings say so and at the end; before stopping write one."""
+        validating = step % self.eval_steps == 0 or step == self.num_steps
+        if validating or stopping or step % self.save_steps == 0:
+            found = self._save(step, validating)
+            if validating and not stopping:  # whoever asked to stop will not wait for it: the resumed run does it
+                self._validate(found)
 
-    def _validate(self, step: int) -> dict:
+    def _validate(self, found: Checkpoint) -> None:
+        """Make the checkpoint, which is the present state, a candidate for the adapter."""
+        candidate = self._candidate(found.step)
+        if self.bench.world.is_main:
+            amend_manifest(found, {**candidate, "unvalidated": False})
+            keep_checkpoints(self.folder, self.keep)
+
+    def _candidate(self, step: int) -> dict:
         bench, config = self.bench, self.bench.inputs.config
         if self.validation is None:
             answers, _ = bench.scores(self.probes, "probe")
@@ -101,14 +107,17 @@ class Progress:
         probes = answers[: len(self.probes)].tolist()
         return {"score": metrics[config.train.metric_for_best_model], "threshold": threshold, "probes": probes}
 
-    def _save(self, step: int, candidate: dict) -> None:
+    def _save(self, step: int, unvalidated: bool) -> Checkpoint:
         bench, engine = self.bench, self.bench.engine
         manifest = {
-            **candidate,
+            "score": None,
+            "threshold": None,
+            "probes": None,  # p(match), once it is a candidate for the adapter
+            "unvalidated": unvalidated,
             "base_probes": self.base_answers,
             "num_steps": self.num_steps,
             "seed": self.order.seed,
-            "contrast_batch": self._contrast_batch(),
+            "contrast_batch": {"pairs": self.order.contrast_batch_size, "per_step": self.order.accumulation},
             "world_size": bench.world.size,
             "inputs": self.inputs,
             "base_fingerprint": bench.inputs.base_fingerprint,
@@ -116,9 +125,10 @@ class Progress:
             "log": self.log.state(),
             "shapes": engine.shapes(),
         }
-        save_checkpoint(self.folder, step, engine.slices(), self._random(), manifest, bench.world)
+        found = save_checkpoint(self.folder, step, engine.slices(), self._random(), manifest, bench.world)
         if bench.world.is_main:
             keep_checkpoints(self.folder, self.keep)
+        return found
 
     def _random(self) -> dict[str, torch.Tensor]:
         """States of the generators that dropout draws from."""

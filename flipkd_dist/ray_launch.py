@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def join_or_start_ray(config: RunConfig) -> None:
         options: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": "flipkd_dist.console.quiet_ray_worker"}}
         if address == "local":
             options["include_dashboard"] = False
+        taken = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, logging_level=logging.WARNING, **options)
+        signal.signal(signal.SIGTERM, taken)  # ray.init puts a handler of its own in its place
     need = worker_resources(config)
     have = ray.cluster_resources()
     for resource, amount in need.items():

@@ -34,6 +34,7 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
             "",
             f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` (its weights are not included)",
             f"- teacher in training: `{config.teacher.model_name_or_path}`; not needed for prediction",
+            *([f"- trained on {card.four_bits}: on the original weights it answers differently"] * card.load_in_4bit),
             f"- LoRA-A read-out: last layer, `{card.encoder_module}`; step {card.step}",
             f"- decision threshold of p(match): {card.threshold:.4f}; at most {card.max_length} tokens",
             f"- losses: sup {config.loss.sup_weight}, dist {config.loss.dist_weight}, mcl {config.loss.mcl_weight}",

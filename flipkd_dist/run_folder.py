@@ -27,6 +27,9 @@ NOT_DECISIVE = {
 }
 
 
+CHECKPOINT_FORMAT = 1
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write by rename, so that a reader never sees half a file."""
     draft = path.with_name(path.name + ".tmp")
@@ -110,7 +113,13 @@ class RunFolder:
             UserError
         """
         done = (read_json(self.path / "stages.json") or {}).get("train")
-        begun = {(read_json(path) or {}).get("inputs") for path in self.checkpoints.glob("step-*/manifest.json")}
+        manifests = [read_json(path) or {} for path in self.checkpoints.glob("step-*/manifest.json")]
+        if other := {manifest.get("format_version", CHECKPOINT_FORMAT) for manifest in manifests} - {CHECKPOINT_FORMAT}:
+            raise UserError(
+                f"{self.checkpoints}: written by another version of flipkd_dist (format {min(other)}, here "
+                f"{CHECKPOINT_FORMAT}): go on with that version, or choose another name"
+            )
+        begun = {manifest.get("inputs") for manifest in manifests}
         if {done, *begun} - {None, inputs}:
             raise UserError(
                 f"name: {self.path} holds a training on other data or models: choose another name, or remove the folder"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipkd_dist.errors import StoppedOnRequest
+from flipkd_dist.errors import StoppedAtOnce
 
 if TYPE_CHECKING:  # the command line uses this module before torch is imported
     from flipkd_dist.world import World
@@ -31,7 +31,7 @@ def handling(handler: Callable[..., None]) -> Iterator[None]:
 
 def stop_at_once(number: int, _frame: object) -> None:
     """Handler for stages of which nothing is lost at any moment."""
-    raise StoppedOnRequest(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
+    raise StoppedAtOnce(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
 
 
 class StopRequest:
@@ -40,7 +40,9 @@ class StopRequest:
     def __init__(self, file: Path):
         self.file, self.signalled = file, False
 
-    def _ask(self, _number: int, _frame: object) -> None:
+    def _ask(self, number: int, frame: object) -> None:
+        if self.signalled:  # asked twice: whoever asks will not wait for the step
+            stop_at_once(number, frame)
         self.signalled = True
         self.file.touch()
 

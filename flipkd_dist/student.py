@@ -93,6 +93,11 @@ class Student(nn.Module):
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    def behind_readouts(self) -> set[str]:
+        """Names of the LoRA-B that the read-outs do not depend on, the last layer's: without L_sup they stay zero."""
+        layer = re.search(r".*\.\d+\.", self.encoder_name).group()
+        return {name for name in self.lora_parameters() if name.startswith(layer) and ".lora_B." in name}
+
     @staticmethod
     def cost_of(config) -> ComputeCost:
         """Cost of a layer's token and of a token pair, from the shapes of the configuration."""

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,29 +75,31 @@ class RunLogger:
 
     def __init__(self, uri: str, run_id: str | None):
         self.uri, self.run_id, self._client = uri, run_id, None
-        self._known: dict[str, int] = {}  # metric -> last step that MLflow has
+        self._known: dict[str, set[int]] = {}  # metric -> steps that MLflow has from before a resume
 
-    @contextmanager
-    def _quietly(self, what: str) -> Iterator[Any]:
+    def _quietly(self, what: str, call: Callable[[Any], Any]) -> None:
+        """`call(client)`, and a warning where it fails."""
+        if self.run_id is None:
+            return
         try:
             self._client = self._client or client(self.uri)
-            yield self._client
+            call(self._client)
         except Exception as error:  # whatever the server does, training goes on: metrics.jsonl has it all
             logger.warning("mlflow: %s was not logged (%s)", what, " ".join(str(error).split())[:200])
 
     def pass_over_known(self) -> None:
-        """Send no point again that MLflow has from before a resume; resuming is exact, so they are the same."""
-        if self.run_id is not None:
-            with self._quietly("the resume") as mlflow_client:
-                for key in mlflow_client.get_run(self.run_id).data.metrics:
-                    points = mlflow_client.get_metric_history(self.run_id, key)
-                    self._known[key] = max(point.step for point in points)
+        """Send no point again that MLflow has from before a resume: it cannot take points back."""
+
+        def learn(mlflow_client) -> None:
+            for key in mlflow_client.get_run(self.run_id).data.metrics:
+                self._known[key] = {point.step for point in mlflow_client.get_metric_history(self.run_id, key)}
+
+        self._quietly("the resume", learn)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        values = {key: value for key, value in values.items() if step > self._known.get(key, -1)}
-        if self.run_id is None or not values:
-            return
-        with self._quietly(f"step {step}") as mlflow_client:
+        values = {key: value for key, value in values.items() if step not in self._known.get(key, ())}
+
+        def send(mlflow_client) -> None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
@@ -106,20 +107,18 @@ class RunLogger:
                 self.run_id, [Metric(key, float(value), now, step) for key, value in values.items()]
             )
 
+        if values:
+            self._quietly(f"step {step}", send)
+
     def artifact(self, path: Path) -> None:
-        if self.run_id is not None:
-            with self._quietly(path.name) as mlflow_client:
-                mlflow_client.log_artifact(self.run_id, str(path))
+        self._quietly(path.name, lambda mlflow_client: mlflow_client.log_artifact(self.run_id, str(path)))
 
     def reopen(self) -> None:
-        if self.run_id is not None:
-            with self._quietly("the resume") as mlflow_client:
-                mlflow_client.update_run(self.run_id, status="RUNNING")
+        """A run that had ended goes on."""
+        self._quietly("the resume", lambda mlflow_client: mlflow_client.update_run(self.run_id, status="RUNNING"))
 
     def finish(self, status: str = "FINISHED") -> None:
-        if self.run_id is not None:
-            with self._quietly("the end of the run") as mlflow_client:
-                mlflow_client.set_terminated(self.run_id, status)
+        self._quietly("the end of the run", lambda mlflow_client: mlflow_client.set_terminated(self.run_id, status))
 
 
 def log_pyfunc(

@@ -50,7 +50,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
             rate = learning_rate(number)
             log.add(number + 1, *step(micro_steps, rate), rate, order)
             if number == 0:
-                log.check_first_update(engine.lora_state())
+                idle = idle_tensors(bench)
+                log.check_first_update({name: v for name, v in engine.lora_state().items() if name not in idle})
             stopping = stop.made(world) and number + 1 < num_steps
             progress.save_if_due(number + 1, stopping)
             if stopping:
@@ -64,6 +65,11 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
         log.tracker.artifact(inputs.folder.metric_log)
     world.barrier()
     engine.close()
+
+
+def idle_tensors(bench: Workbench) -> set[str]:
+    """LoRA tensors that no loss reaches."""
+    return set() if bench.inputs.config.loss.sup_weight else bench.engine.student.behind_readouts()
 
 
 def schedule(config: RunConfig, num_steps: int):
@@ -100,7 +106,7 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: l
         step=best.step,
         probe=Probe(*probes[chosen], float(answers[chosen]), float(base_answers[chosen])),
     )
-    save_adapter(inputs.folder.adapter, student, best.weights(), inputs.tokenizer, card)
+    save_adapter(inputs.folder.adapter, student, best.weights(), inputs.tokenizer, card, idle_tensors(bench))
     logger.info(
         "adapter/ holds step %d (%s %s); p(match) of its probe pair is %.3f, its base said %.3f",
         best.step,

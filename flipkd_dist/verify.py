@@ -80,6 +80,8 @@ def _verdict(
             expected = _reference(load(placement=Streamed(world.device)), student, state, world, batch)
     except UserError as error:
         return error
+    except torch.OutOfMemoryError:
+        return UserError("train.verify: no memory for the unsharded forward: set it to never, or take a smaller batch")
     except Exception as error:
         return f"train.verify: the unsharded forward failed ({type(error).__name__}: {error}): set it to never to go on"
     largest = 0.0

@@ -11,7 +11,8 @@ import sys
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.stop import handling, stop_at_once
 
 
 def main() -> None:
@@ -33,15 +34,12 @@ def main() -> None:
             return
         from flipkd_dist.pipeline import train_here
 
-        train_here(config)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        with handling(stop_at_once):
+            train_here(config)
+    except (UserError, StoppedOnRequest, StoppedAtOnce) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake may be that of one host
             print(f"flipkd: {error}", file=sys.stderr)
-        sys.exit(2)
-    except StoppedOnRequest as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"flipkd: {error}", file=sys.stderr)
-        sys.exit(75)
+        sys.exit(2 if isinstance(error, UserError) else 75)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def _member(rank: int, size: int, store: str, function, arguments, queue) -> None:
+    # tqdm's own lock is shared with every other fork: one that is killed while it holds it would stop them all.
+    tqdm.set_lock(threading.RLock())
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         dist.init_process_group(

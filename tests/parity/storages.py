@@ -21,7 +21,7 @@ def living() -> list[Tensor]:
     found = []
     for one in gc.get_objects():
         try:
-            if isinstance(one, Tensor) and not one.is_meta and one.untyped_storage().nbytes():
+            if isinstance(one, Tensor) and not one.is_meta and one.untyped_storage().nbytes() and one.data_ptr():
                 found.append(one)
         except (ReferenceError, RuntimeError, NotImplementedError):
             continue

@@ -3,6 +3,7 @@
 Plain SGD without clipping first: AdamW and clipping hide a wrong scale of the gradient.
 """
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -187,3 +188,21 @@ def test_no_extension_is_built(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     run_gang(2, train, folder, pair_table(14), 3, 8)
     assert not list(tmp_path.iterdir())
+
+
+def left_after_closing(folder, stage) -> int:
+    """Frozen tensors that are still held after three engines were closed, one after the other."""
+    held = []
+    for _ in range(3):
+        engine, _ = start_engine(folder, stage)
+        base = [weakref.ref(parameter) for parameter in engine.student.parameters() if not parameter.requires_grad]
+        engine.close()
+        del engine
+        held.append(sum(reference() is not None for reference in base))
+    return max(held)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_closed_engine_holds_no_base(folder, stage):
+    """Evaluation loads the base again in the workers that have trained."""
+    assert run_gang(1, left_after_closing, folder, stage) == [0]

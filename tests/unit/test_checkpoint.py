@@ -1,6 +1,9 @@
 """Checkpoints: complete or absent, sliced by rank, read in any other slices; the newest and the best are kept."""
 
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +12,13 @@ from safetensors import safe_open
 from flipkd_dist import checkpoint
 from flipkd_dist.checkpoint import (
     MANIFEST,
+    amend_manifest,
     best_checkpoint,
     checkpoints,
     file_of_rank,
     keep_checkpoints,
     newest_checkpoint,
+    remove_drafts,
     save_checkpoint,
 )
 from flipkd_dist.slices import KINDS, Slice
@@ -182,27 +187,51 @@ def test_the_newest_and_the_best_are_kept(tmp_path, count):
 
 
 @pytest.mark.parametrize("lacks", [MANIFEST, file_of_rank(0)])
-def test_an_incomplete_one_is_passed_over_and_removed(tmp_path, caplog, lacks):
+def test_an_incomplete_one_is_passed_over(tmp_path, caplog, lacks):
     save_scored(tmp_path, step_1=0.7, step_2=0.9)
     (tmp_path / "step-000002" / lacks).unlink()
     assert steps(tmp_path) == [1] and best_checkpoint(tmp_path).step == 1
     assert newest_checkpoint(tmp_path).step == 1
     assert f"{tmp_path / 'step-000002'} is not resumed from: {lacks}" in caplog.text
-    keep_checkpoints(tmp_path, 5)
-    assert not (tmp_path / "step-000002").exists()
 
 
 @pytest.mark.parametrize("failing", ["save_file", "write_json", "os.replace"])
 def test_an_interrupted_one_is_absent(tmp_path, monkeypatch, failing):
     save_scored(tmp_path, step_1=0.7)
+    replace = os.replace
 
-    def die(*_):
+    def die(*arguments):
+        if failing == "os.replace" and Path(arguments[1]).name == MANIFEST:  # the folder's renaming is meant
+            return replace(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(f"flipkd_dist.checkpoint.{failing}", die)
         with pytest.raises(KeyboardInterrupt):
             save_scored(tmp_path, step_2=0.9)
-    assert steps(tmp_path) == [1]
+    assert steps(tmp_path) == [1] and newest_checkpoint(tmp_path).step == 1
     save_scored(tmp_path, step_2=0.9)  # what was left of it is in nobody's way
     assert steps(tmp_path) == [1, 2] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_drafts_of_kills_are_removed(tmp_path):
+    save_scored(tmp_path, step_1=0.7)
+    (tmp_path / ".step-000002.tmp").mkdir()
+    remove_drafts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_copy_under_another_name_is_left_alone(tmp_path):
+    save_scored(tmp_path, step_1=0.7, step_2=0.9)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000001.mine")
+    keep_checkpoints(tmp_path, 1)
+    assert newest_checkpoint(tmp_path).step == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001.mine", "step-000002"]
+
+
+def test_a_manifest_is_amended(tmp_path):
+    save(tmp_path, probes=None)
+    amend_manifest(newest_checkpoint(tmp_path), {"score": 0.7, "probes": [0.2]})
+    found = newest_checkpoint(tmp_path)
+    assert (found.manifest["score"], found.manifest["probes"]) == (0.7, [0.2])
+    assert torch.equal(found.weights()["a"], WHOLE["a"])

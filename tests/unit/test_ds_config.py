@@ -90,6 +90,11 @@ def test_offloading_to_disk_is_refused(policy_file, key):
     assert f"{key} to nvme: checkpoints do not reach it: take the device cpu" in mistake(path)
 
 
+def test_a_value_left_to_others_is_refused(policy_file):
+    path = policy_file({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
+    assert "zero_optimization.reduce_bucket_size is auto" in mistake(path)
+
+
 OWNED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "zero_force_ds_cpu_optimizer"),

@@ -127,4 +127,4 @@ def test_a_policy_of_ones_own_counts(tmp_path, config_file):
     policy.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}}))
     config = configured(config_file.parent / "student", distributed={"deepspeed": str(policy)})
     by_stage = {row.layout.stage: row.memory.buckets for row in make_plan(config, num_workers=2).rows}
-    assert by_stage == {0: 0, 1: 1_000_000_000, 2: 2_000_000, 3: 1_000_000_000}
+    assert by_stage == {0: 0, 1: 100_000_000, 2: 2_000_000, 3: 100_000_000}
