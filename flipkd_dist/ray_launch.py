@@ -10,6 +10,7 @@ from typing import Any
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.preflight import Inputs
+from flipkd_dist.run_folder import RunFolder, write_whole
 from flipkd_dist.score import score_shard
 
 logger = logging.getLogger("flipkd_dist")
@@ -103,11 +104,16 @@ def _worker(work: dict[str, Any]) -> None:
     from flipkd_dist.console import set_up_logging
     from flipkd_dist.evaluation import evaluate
     from flipkd_dist.train import train
+    from flipkd_dist.world import World
 
     set_up_logging()
     config = validate(work["config"], "the driver's configuration")
-    for stage in work["stages"]:
-        train(config, work["mlflow_run_id"]) if stage == "train" else evaluate(config)
+    try:
+        for stage in work["stages"]:
+            train(config, work["mlflow_run_id"]) if stage == "train" else evaluate(config)
+    except StoppedOnRequest as stopped:  # no failure, of which Ray would print a traceback
+        if World.current().is_main:
+            write_whole(RunFolder(config).stop, str(stopped))
 
 
 def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None) -> None:
@@ -144,8 +150,12 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
         rank, cause = next(iter(sorted(failures.items())))
         while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
             cause = cause.__cause__ or cause.cause
-        if isinstance(cause, UserError | StoppedOnRequest):
-            raise type(cause)(str(cause)) from None
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from None
         raise RuntimeError(
             f"worker of rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         ) from error
+    stop = RunFolder(config).stop
+    if stop.is_file() and (said := stop.read_text(encoding="utf-8")):
+        stop.unlink()
+        raise StoppedOnRequest(said)
