@@ -78,6 +78,19 @@ def test_stopped_then_killed_then_finished(config):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
+def test_stopped_before_training(config):
+    """While the teacher scores, or Ray starts: nothing is lost, and nothing waits."""
+    folder = config.parent / "runs" / "early"
+    process = start(config, "name=early")
+    while not (folder / "config.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said[-3000:]
+    assert said.splitlines()[-1] == "flipkd: stopped by SIGTERM: run the same command again to go on"
+
+
 def test_each_step_stands_once_in_one_mlflow_run(config):
     from flipkd_dist.tracking import client
 
