@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,6 +78,27 @@ def test_stopped_then_killed_then_finished(config):
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_a_worker_of_torchrun_is_asked_to_stop(config):
+    """Its launcher ends the others as soon as one is gone: rank 0 has said what it has to say before."""
+    folder, scored = config.parent / "runs" / "torchrun", call("score", config, "name=torchrun")
+    assert scored.returncode == 0, scored.stderr[-3000:]
+    script = str(Path(__file__).parents[2] / "launchers" / "deepspeed_train.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, script, str(config), "name=torchrun"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_step(folder, 3, process)
+    workers = [child for child in psutil.Process(process.pid).children() if script in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "flipkd: stopped on request with a complete checkpoint of step" in said
+    status = "SELECT status FROM runs"
+    assert sqlite3.connect(folder / "mlflow.db").execute(status).fetchall() == [("KILLED",)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0 and "train: resumed at step" in finished.stderr, finished.stderr[-3000:]
+    assert sqlite3.connect(folder / "mlflow.db").execute(status).fetchall() == [("FINISHED",)]
 
 
 def test_stopped_before_training(config):
