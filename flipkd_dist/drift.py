@@ -100,7 +100,8 @@ class Before:
         differences = np.abs(after - self.p_match)
         if not np.isfinite(differences).all():
             raise RuntimeError("the merged model gives p(match) that is not a number: nothing was exported")
-        changed = (after >= self.threshold) != (self.p_match >= self.threshold)
+        # The threshold is the score of some validation pair: on it, rounding alone is no change of mind.
+        changed = ((after >= self.threshold) != (self.p_match >= self.threshold)) & (differences > 1e-5)
         where = f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}"
         return Drift(
             len(after), float(differences.max()), float(differences.mean()), int(changed.sum()), self.threshold, where
