@@ -205,6 +205,16 @@ def test_kill_9_without_deepspeed(prepared):
     assert lines(killed) == lines(settled)
 
 
+def test_without_the_supervised_loss(prepared):
+    """Nothing reads behind the last layer's A then: its B may stay zero, that of every other layer may not."""
+    config = run_config(prepared, "unsupervised", 2)
+    config = config.model_copy(update={"loss": config.loss.model_copy(update={"sup_weight": 0.0})})
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    run_gang(2, train, config)
+    moved = {name: bool(value.any()) for name, value in adapter(config).items() if ".lora_B." in name}
+    assert {name for name, has_moved in moved.items() if not has_moved} == {name for name in moved if ".1." in name}
+
+
 def test_killed_before_the_first_checkpoint(prepared, undisturbed):
     config = run_config(prepared, "early", 2)
     kill_when(config, 2, has_line(config, 1))

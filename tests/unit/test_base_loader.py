@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_student_shapes import FUSED
 from tiny import CAUSAL, save_student, sentences, started_student
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
-from flipkd_dist.base_loader import Streamed, Whole, four_bit_form
+from flipkd_dist.base_loader import Streamed, Whole, check_packable, empty_model, four_bit_form
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -167,3 +167,16 @@ def test_a_storage_that_an_engine_would_cast_is_refused(run_dtype, storage):
         with pytest.raises(UserError, match=rf"quant_storage: {storage} in a {run_name} run: engines cast .*: take"):
             four_bit_form(settings, run_dtype)
     assert four_bit_form(StudentConfig(bnb_4bit_quant_storage=storage), run_dtype) is None
+
+
+@pytest.mark.parametrize(("family", "packable"), [("gpt2", False), ("gpt_neox", True), ("glm", True)])
+def test_four_bits_are_refused_where_they_would_be_ignored(tmp_path, monkeypatch, family, packable):
+    """GPT-2's projections are no linear layers."""
+    monkeypatch.setitem(tiny.CAUSAL, family, FAMILIES[family])
+    config = AutoConfig.from_pretrained(save_student(tmp_path, family))
+    model = empty_model(config, "sdpa", torch.float32, family)
+    if packable:
+        check_packable(model, family)
+        return
+    with pytest.raises(UserError, match=r"^student\.load_in_4bit: .* is no linear layer and would not be packed"):
+        check_packable(model, family)
