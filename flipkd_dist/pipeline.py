@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class Pipeline:
         run_id = self.mlflow_run() if "train" in stages else None
         tracker = RunLogger(tracking_uri(self.config), run_id)
         tracker.reopen()
-        with _told(tracker), self._stopping():
+        with _told(tracker), self._stopping() as stop:
             run_workers(self.config, stages, run_id)
         if "train" in stages:
             self.folder.mark_done("train", self.trained)
@@ -113,16 +113,14 @@ class Pipeline:
         if "evaluate" in stages:
             self._report_evaluation()
         self._say(" and ".join(stages), start)
+        if stop.signalled:  # too late for a step of training
+            raise StoppedOnRequest("stopped on request: run the same command again to go on")
 
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
+    def _stopping(self) -> AbstractContextManager[StopRequest]:
         """Signals to this process stop the workers."""
         stop = StopRequest(self.folder.stop)
         stop.forget()
-        with stop.listening():
-            yield
-        if stop.signalled:  # too late for a step of training: what is complete is skipped next time
-            raise StoppedOnRequest("stopped on request: run the same command again to go on")
+        return stop.listening()
 
     def evaluate(self) -> None:
         if not self.scored_splits:
