@@ -8,6 +8,7 @@ import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -15,6 +16,8 @@ from tqdm import tqdm
 def _member(rank: int, size: int, store: str, function, arguments, queue) -> None:
     # tqdm's own lock is shared with every other fork: one that is killed while it holds it would stop them all.
     tqdm.set_lock(threading.RLock())
+    # torch renews its thread pool after a fork at the first use and without a lock: here, before there are threads.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         dist.init_process_group(
