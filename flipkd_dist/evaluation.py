@@ -24,7 +24,7 @@ def evaluate(config: RunConfig) -> None:
         pairs = bench.inputs.splits.get(split)
         if pairs is not None:
             answers, cosines = bench.scores(pair_texts(pairs), split)
-            vectors = bench.inputs.store.vectors(pairs.texts)
+            vectors = bench.inputs.store.open().vectors(pairs.texts)
             rows[split] = {
                 "student": answers,
                 "student_readout": cosines,

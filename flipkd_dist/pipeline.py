@@ -76,7 +76,7 @@ class Pipeline:
         start = time.monotonic()
         inputs, train = self.inputs, self.inputs.splits["train"]
         score(inputs.texts, inputs.store, partial(map_on_actors, inputs), self.config.teacher.num_workers)
-        vectors = inputs.store.vectors(train.texts)
+        vectors = inputs.store.open().vectors(train.texts)
         generator = np.random.default_rng(self.config.seed)
         rows, columns = generator.integers(len(train), size=(2, NUM_OFF_DIAGONAL))
         rows, columns = rows[rows != columns], columns[rows != columns]

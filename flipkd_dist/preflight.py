@@ -28,9 +28,9 @@ from flipkd_dist.model_files import check_files, fingerprint, one_line, resolve_
 from flipkd_dist.pairs import PairTable, read_pairs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
-from flipkd_dist.store import Store, StoreSpec
+from flipkd_dist.store import Store
 from flipkd_dist.student import default_encoder, last_encoder
-from flipkd_dist.teacher import Teacher, teacher_hidden_size
+from flipkd_dist.teacher_source import TeacherSource, text_teacher
 from flipkd_dist.weight_files import WeightFiles
 
 SPLITS = ("train", "validation", "test")
@@ -43,7 +43,7 @@ class Inputs:
     config: RunConfig
     folder: RunFolder
     splits: dict[str, PairTable]
-    teacher_folder: Path
+    teacher: TeacherSource
     store: Store
     base_folder: Path
     base_fingerprint: str
@@ -128,7 +128,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         paths = getattr(config.data, split)
         if split == "train" or paths is not None:
             tables[split] = read_pairs(paths, config.data, f"data.{split}")
-    teacher_folder = _model_folder(config.teacher.model_name_or_path, "teacher.model_name_or_path")
+    teacher = text_teacher(config)
     base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
     _check_layers(base_config, config.student, base_folder)
@@ -137,18 +137,12 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     encoder = PairEncoder(
         tokenizer, config.student.prompt, config.student.answers, config.data.max_length, fills_blank(base_config)
     )
-    spec = StoreSpec(
-        fingerprint(teacher_folder),
-        config.teacher.pooling,
-        config.teacher.max_length,
-        teacher_hidden_size(teacher_folder),
-    )
     inputs = Inputs(
         config=config,
         folder=folder,
         splits=tables,
-        teacher_folder=teacher_folder,
-        store=Store(folder.teacher, spec),
+        teacher=teacher,
+        store=Store(folder.teacher, teacher.spec),
         base_folder=base_folder,
         base_fingerprint=fingerprint(base_folder),
         tokenizer=tokenizer,
@@ -156,5 +150,5 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         share_prefix=shares_prefix(base_config, config.data.max_length),
     )
     if tables and not inputs.store.is_complete(inputs.texts):
-        Teacher(teacher_folder, config.teacher.pooling, config.teacher.max_length)  # loads completely, or says why not
+        teacher.load()  # completely, or it says why not
     return inputs

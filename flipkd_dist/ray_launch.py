@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
@@ -12,6 +11,7 @@ from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.preflight import Inputs
 from flipkd_dist.run_folder import RunFolder, write_whole
 from flipkd_dist.score import score_shard
+from flipkd_dist.teacher_source import TeacherSource
 
 logger = logging.getLogger("flipkd_dist")
 
@@ -84,17 +84,15 @@ def map_on_actors(inputs: Inputs, shards: list[list[str]]) -> Iterator[int]:
 
     @ray.remote(num_cpus=1, max_restarts=3, max_task_retries=2)
     class Scorer:
-        def __init__(self, folder: Path, store, device: str):
-            from flipkd_dist.teacher import Teacher
-
-            self.teacher, self.store = Teacher(folder, teacher.pooling, teacher.max_length, device), store
+        def __init__(self, source: TeacherSource, store):
+            self.teacher, self.store = source.load(), store
 
         def score(self, shard: list[str]) -> int:
             return score_shard(self.teacher, self.store, teacher.batch_size, shard)
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
     count = max(1, min(teacher.num_workers, cpus, len(shards)))
-    actors = [Scorer.remote(inputs.teacher_folder, inputs.store, "cpu") for _ in range(count)]
+    actors = [Scorer.remote(inputs.teacher, inputs.store) for _ in range(count)]
     yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.score.remote(shard), shards)
     for actor in actors:
         ray.kill(actor)

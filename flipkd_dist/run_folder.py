@@ -15,7 +15,14 @@ from flipkd_dist.errors import UserError
 DECISIVE = ("seed", "teacher", "student", "loss", "train")
 CONTRAST_BATCH = "train.per_device_train_batch_size x distributed.num_workers"
 NOT_DECISIVE = {
-    "teacher": ("batch_size", "num_workers"),
+    "teacher": (
+        "batch_size",
+        "num_workers",
+        "num_cpus_per_worker",
+        "num_gpus_per_worker",
+        "api_key_env",
+        "requests_per_minute",
+    ),
     "student": ("bnb_4bit_quant_storage",),  # the values are the same
     "train": (
         "verify",

@@ -71,7 +71,7 @@ def score(
                 num_new += num_done
                 bar.update(num_done)
     assert num_new == len(missing), f"{num_new} of {len(missing)} texts were scored"
-    store.write_manifest()
+    store.publish()
     seconds = time.monotonic() - start
     logger.info("teacher store: %d of %d texts are new, %.1f s", num_new, len(unique), seconds)
     return ScoreSummary(len(unique), num_new, seconds)

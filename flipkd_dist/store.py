@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +26,19 @@ KEY = np.dtype("V16")
 MANIFEST = "manifest.json"
 
 
+def normalised(text: str) -> str:
+    """What the teacher reads in place of the text: composed Unicode (NFC), single spaces; NUL parts a pair's texts."""
+    return "\0".join(" ".join(part.split()) for part in unicodedata.normalize("NFC", text).split("\0"))
+
+
+def pair_text(text_a: str, text_b: str) -> str:
+    """A pair as the one text that a store of pair scores knows it by; `split("\\0")` gives its texts back."""
+    return normalised(f"{text_a}\0{text_b}")
+
+
 def text_key(text: str) -> bytes:
-    """16 bytes that stand for the text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    """16 bytes that stand for the normalised text."""
+    return hashlib.blake2b(normalised(text).encode(), digest_size=16).digest()
 
 
 def _keys_of(texts: Iterable[str]) -> np.ndarray:
@@ -64,7 +75,8 @@ class StoreSpec:
     teacher_fingerprint: str
     pooling: str
     max_length: int  # tokens
-    hidden_size: int
+    hidden_size: int  # 1 for scores of pairs
+    prompt: str = ""
     dtype: str = "float32"
 
     @property
@@ -123,11 +135,14 @@ class Store:
         """The sorted keys of every complete shard, in the manifest or not."""
         return self._all_keys(self._paths())
 
+    def holds(self, texts: Sequence[str]) -> np.ndarray:
+        """Which texts a complete shard holds, published or not: bool [n]."""
+        return _find(self.stored_keys(), _keys_of(texts))[1]
+
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The unique texts that no complete shard holds, in the order given."""
         unique = list(dict.fromkeys(texts))
-        _, there = _find(self.stored_keys(), _keys_of(unique))
-        return [text for text, is_there in zip(unique, there, strict=True) if not is_there]
+        return [text for text, is_there in zip(unique, self.holds(unique), strict=True) if not is_there]
 
     def is_complete(self, texts: Iterable[str]) -> bool:
         """Whether the manifest is there, its shards are whole and they hold every text."""
@@ -153,7 +168,7 @@ class Store:
         _write_durably(path, lambda file: pq.write_table(table, file, **options))
         return path
 
-    def write_manifest(self) -> None:
+    def publish(self) -> None:
         """Declare every complete shard part of the store; what killed writers left behind is removed."""
         keys, shards = [np.empty(0, KEY)], []
         for path, shard_keys, _ in self._shards(self._paths()):
@@ -167,22 +182,37 @@ class Store:
         for draft in self.folder.glob(f"{self.spec.key}-*.tmp"):
             draft.unlink(missing_ok=True)
 
-    def vectors(self, texts: list[str]) -> np.ndarray:
-        """The stored vectors of the texts, [n, d] in the order given.
+    def open(self) -> "StoreReader":
+        """A reader of what `publish` declared."""
+        shards = list(self._shards(self._manifest_paths() or []))
+        keys = np.concatenate([np.empty(0, KEY), *(keys for _, keys, _ in shards)])
+        empty = np.empty((0, self.spec.hidden_size), self.spec.dtype)
+        unique, first = np.unique(keys, return_index=True)
+        return StoreReader(self, unique, np.concatenate([empty, *(vectors for *_, vectors in shards)])[first])
 
-        Every call reads the whole store, a shard at a time: ask once for all the texts of a split.
+
+class StoreReader:
+    """Vectors by text, read-only."""
+
+    def __init__(self, store: Store, keys: np.ndarray, array: np.ndarray):
+        self.store, self.keys, self.array = store, keys, array
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """The row of each text in the array, int64 [n].
 
         Raises:
             KeyError: the store is not complete for these texts (an error of ours: scoring comes first).
         """
-        wanted, row_of_text = np.unique(_keys_of(texts), return_inverse=True)
-        found = np.zeros(len(wanted), bool)
-        values = np.empty((len(wanted), self.spec.hidden_size), self.spec.dtype)
-        for _, keys, vectors in self._shards(self._manifest_paths() or []):
-            position, is_wanted = _find(wanted, keys)
-            values[position[is_wanted]] = vectors[is_wanted]
-            found[position[is_wanted]] = True
+        rows, found = _find(self.keys, _keys_of(texts))
         if not found.all():
-            first = texts[int(np.argmin(found[row_of_text]))]
-            raise KeyError(f"{self.folder} lacks {np.sum(~found)} of {len(wanted)} texts, the first is {first!r}")
-        return values[row_of_text]
+            first = texts[int(np.argmin(found))]
+            raise KeyError(f"{self.store.folder} lacks {np.sum(~found)} of {len(texts)} texts, the first is {first!r}")
+        return rows
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of rows, float32 [n, d]."""
+        return self.array[rows].astype(np.float32)
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """The vectors of texts, float32 [n, d] in the order given."""
+        return self.at(self.rows(texts))

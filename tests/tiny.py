@@ -26,7 +26,6 @@ from flipkd_dist.preflight import check_inputs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.student import Student, load_student
-from flipkd_dist.teacher import Teacher
 
 WORDS = [
     "card",
@@ -225,5 +224,5 @@ def fill_store(config: RunConfig) -> None:
     """Score every text of the run here, without Ray."""
     inputs = check_inputs(config)
     inputs.folder.open()
-    teacher = Teacher(inputs.teacher_folder, config.teacher.pooling, config.teacher.max_length)
+    teacher = inputs.teacher.load()
     score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))

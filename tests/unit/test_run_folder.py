@@ -192,11 +192,15 @@ def test_every_setting_either_decides_or_is_known_not_to():
         for key in value
     }
     decisive = decisive_settings(RunConfig(name="x")).keys()
-    free = {key for key in flat - decisive if key.split(".")[0] not in ("data", "distributed", "tracking")}
+    free = {key for key in flat - decisive if key.split(".")[0] not in ("data", "distributed", "tracking", "teach")}
     counted_with_the_workers = {"train.per_device_train_batch_size"}
     assert free - counted_with_the_workers == {
         "teacher.batch_size",
         "teacher.num_workers",
+        "teacher.num_cpus_per_worker",
+        "teacher.num_gpus_per_worker",
+        "teacher.api_key_env",
+        "teacher.requests_per_minute",
         "train.per_device_eval_batch_size",
         "train.logging_steps",
         "train.keep_checkpoints",

@@ -43,7 +43,7 @@ def test_every_unique_text_once(store):
     summary = score_with(teacher, store, MANY + MANY[:10])
     assert (summary.num_texts, summary.num_new) == (40, 40) and summary.seconds > 0
     assert sorted(teacher.encoded) == sorted(MANY)
-    assert np.array_equal(store.vectors(MANY)[:, 0], [len(text) for text in MANY])
+    assert np.array_equal(store.open().vectors(MANY)[:, 0], [len(text) for text in MANY])
 
 
 def test_an_unchanged_rerun_does_nothing_and_says_so(store, caplog):
@@ -81,7 +81,7 @@ def test_after_a_kill_only_the_missing_are_encoded(store):
 
 def test_killed_before_the_manifest(store, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write_manifest", lambda self: 1 / 0)
+        patch.setattr(Store, "publish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             score_with(CountingTeacher(), store)
     teacher = CountingTeacher()
@@ -102,7 +102,7 @@ def test_another_teacher_scores_everything_anew(store):
     other = Store(store.folder, StoreSpec("0" * 32, "mean", 128, hidden_size=2))
     teacher = CountingTeacher(value=2.0)
     assert score_with(teacher, other).num_new == 40
-    assert set(other.vectors(MANY)[:, 1]) == {2.0}
+    assert set(other.open().vectors(MANY)[:, 1]) == {2.0}
 
 
 @pytest.mark.parametrize("workers, limit, sizes", [(1, 2048, [10] * 4), (2, 2048, [5] * 8), (2, 3, [3] * 13 + [1])])
@@ -148,7 +148,7 @@ def test_with_a_real_encoder(tmp_path):
     teacher = Teacher(folder, "mean", 32)
     store = Store(tmp_path / "teacher", StoreSpec(fingerprint(folder), "mean", 32, teacher.hidden_size))
     score_with(teacher, store, TEXTS, num_workers=2)
-    assert np.abs(store.vectors(TEXTS) - teacher.encode(TEXTS, 64)).max() < 1e-5
+    assert np.abs(store.open().vectors(TEXTS) - teacher.encode(TEXTS, 64)).max() < 1e-5
 
 
 POSITIVES, NEGATIVES = [0.9, 0.8, 0.5, 0.4], [0.1, 0.4999, 0.5, 0.6]

@@ -36,7 +36,7 @@ def full(store):
     """All texts in three shards, declared."""
     for start in (0, 4, 8):
         write(store, TEXTS[start : start + 4])
-    store.write_manifest()
+    store.publish()
     return store
 
 
@@ -46,10 +46,10 @@ def shards(store):
 
 def test_vectors_come_back_in_the_order_asked(full):
     asked = [TEXTS[7], TEXTS[0], TEXTS[11], TEXTS[7], TEXTS[3]]
-    vectors = full.vectors(asked)
+    vectors = full.open().vectors(asked)
     assert vectors.dtype == np.float32
     assert np.array_equal(vectors, [vector_of(text) for text in asked])
-    assert full.vectors([]).shape == (0, 4)
+    assert full.open().vectors([]).shape == (0, 4)
 
 
 def test_many_keys_are_found_exactly(tmp_path):
@@ -57,9 +57,9 @@ def test_many_keys_are_found_exactly(tmp_path):
     texts = [f"question {number}" for number in range(3000)]
     for start in range(0, 3000, 700):
         write(store, texts[start : start + 700])
-    store.write_manifest()
+    store.publish()
     assert store.missing([*texts, "absent"]) == ["absent"]
-    assert np.array_equal(store.vectors(texts[::-1]), [vector_of(text) for text in texts[::-1]])
+    assert np.array_equal(store.open().vectors(texts[::-1]), [vector_of(text) for text in texts[::-1]])
     assert len(store.stored_keys()) == 3000 and np.array_equal(np.sort(store.stored_keys()), store.stored_keys())
 
 
@@ -69,7 +69,7 @@ def test_key_is_the_hash_of_the_text():
 
 def test_an_absent_text_is_an_error_that_names_it(full):
     with pytest.raises(KeyError, match=r"1 of 2 texts.*'never seen'"):
-        full.vectors([TEXTS[0], "never seen"])
+        full.open().vectors([TEXTS[0], "never seen"])
 
 
 def test_shard_file(store):
@@ -98,12 +98,12 @@ def test_only_the_manifest_makes_it_complete(store):
     write(store, TEXTS)
     assert store.missing(TEXTS) == [] and not store.is_complete(TEXTS)
     with pytest.raises(KeyError):
-        store.vectors(TEXTS)
-    store.write_manifest()
+        store.open().vectors(TEXTS)
+    store.publish()
     assert store.is_complete(TEXTS) and not store.is_complete([*TEXTS, "new"])
     write(store, ["new"])
     assert not store.is_complete([*TEXTS, "new"])  # there, but not declared
-    store.write_manifest()
+    store.publish()
     assert store.is_complete([*TEXTS, "new"])
 
 
@@ -129,9 +129,9 @@ def test_a_shard_of_another_size_than_declared_is_not_trusted(full):
 
 def test_repeated_keys_are_harmless(full):
     write(full, TEXTS[2:6])
-    full.write_manifest()
+    full.publish()
     assert json.loads((full.folder / "manifest.json").read_text())["num_vectors"] == 12
-    assert full.is_complete(TEXTS) and np.array_equal(full.vectors(TEXTS), [vector_of(text) for text in TEXTS])
+    assert full.is_complete(TEXTS) and np.array_equal(full.open().vectors(TEXTS), [vector_of(text) for text in TEXTS])
 
 
 def cut(path):
@@ -155,11 +155,11 @@ def test_a_damaged_shard_counts_as_missing_and_is_named(full, caplog, damage):
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
     assert not full.is_complete(TEXTS)
     with pytest.raises(KeyError):
-        full.vectors(TEXTS)
-    full.write_manifest()  # does not declare it
+        full.open().vectors(TEXTS)
+    full.publish()  # does not declare it
     assert not full.is_complete(TEXTS) and full.is_complete(TEXTS[:4])
     write(full, TEXTS[4:8])
-    full.write_manifest()
+    full.publish()
     assert full.is_complete(TEXTS)
 
 
@@ -177,12 +177,12 @@ def test_another_teacher_starts_afresh_and_leaves_the_first_alone(full, change):
     assert other.spec.key != SPEC.key
     assert other.missing(TEXTS) == TEXTS and not other.is_complete(TEXTS) and not other.is_complete([])
     write(other, TEXTS, scale=-1.0)
-    other.write_manifest()
-    assert np.array_equal(other.vectors(TEXTS), [-vector_of(text) for text in TEXTS])
+    other.publish()
+    assert np.array_equal(other.open().vectors(TEXTS), [-vector_of(text) for text in TEXTS])
     assert {path: path.read_bytes() for path in before} == before
     assert full.missing(TEXTS) == [] and not full.is_complete(TEXTS)  # the one manifest is the other's now
-    full.write_manifest()
-    assert np.array_equal(full.vectors(TEXTS), [vector_of(text) for text in TEXTS])
+    full.publish()
+    assert np.array_equal(full.open().vectors(TEXTS), [vector_of(text) for text in TEXTS])
 
 
 def test_a_shard_under_another_teachers_name_is_not_used(full, caplog):
@@ -206,7 +206,7 @@ def test_a_write_that_is_killed_leaves_no_shard(store, monkeypatch, killed_at):
     assert len(list(store.folder.glob("*.tmp"))) == 1 and len(shards(store)) == 1
     assert store.missing(TEXTS) == TEXTS[4:]
     write(store, TEXTS[4:])
-    store.write_manifest()
+    store.publish()
     assert store.is_complete(TEXTS) and not list(store.folder.glob("*.tmp"))
 
 
@@ -215,7 +215,7 @@ def test_a_manifest_that_is_killed_leaves_the_old_one(full, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store_module.os, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            full.write_manifest()
+            full.publish()
     assert full.is_complete(TEXTS) and not full.is_complete(["new"])
 
 
