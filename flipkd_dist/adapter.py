@@ -17,6 +17,7 @@ from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.student import Student
 
 WEIGHTS = "adapter_model.safetensors"
+CARD_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class AdapterCard:
     load_in_4bit: bool = False
     bnb_4bit_quant_type: str = "nf4"
     bnb_4bit_use_double_quant: bool = True
-    format_version: int = 1
+    format_version: int = CARD_FORMAT
 
     @property
     def four_bits(self) -> str:
@@ -58,6 +59,11 @@ class AdapterCard:
     @classmethod
     def read(cls, folder: Path) -> "AdapterCard":
         value = read_json(folder / "flipkd.json")
+        if isinstance(value, dict) and (version := value.get("format_version", CARD_FORMAT)) != CARD_FORMAT:
+            raise UserError(
+                f"{folder}: written by another version of flipkd_dist (format {version}, here {CARD_FORMAT}): "
+                "use that version"
+            )
         try:
             return cls(**{**value, "probe": Probe(**value["probe"])})
         except (TypeError, KeyError):

@@ -174,6 +174,9 @@ def test_cards_that_cannot_be_read(tmp_path):
             AdapterCard.read(tmp_path)
     (tmp_path / "flipkd.json").write_text(json.dumps(whole))
     assert AdapterCard.read(tmp_path) == CARD
+    (tmp_path / "flipkd.json").write_text(json.dumps({**whole, "format_version": 2}))
+    with pytest.raises(UserError, match="another version of flipkd_dist .format 2, here 1.: use that version"):
+        AdapterCard.read(tmp_path)
 
 
 def test_the_probe_tells_another_answer():
