@@ -123,10 +123,14 @@ def _roc(report: NoiseReport) -> "Figure | None":
     ax = figure.subplots()
     ax.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     ax.plot(report.roc.false_positives, report.roc.true_positives, color=POSITIVES, linewidth=2)
-    points = {"0.5": (report.half_point, "o"), f"best, {report.best_threshold:.2f}": (report.best_point, "D")}
-    for (name, (point, marker)), offset in zip(points.items(), (-5, 5), strict=True):
+    points = {"0.5": (report.half_point, "o", -8), f"best, {report.best_threshold:.2f}": (report.best_point, "D", 2)}
+    if report.best_threshold == 0.5:
+        points = {"0.5, the best": (report.half_point, "D", -3)}
+    for name, (point, marker, offset) in points.items():
         ax.plot(*point, marker, color=INK, markersize=5.5, clip_on=False, zorder=3)
-        ax.annotate(name, point, (9, offset - 3), textcoords="offset points")
+        at_the_edge = point[0] > 0.7
+        place = {"xytext": (-9, -16), "ha": "right"} if at_the_edge else {"xytext": (9, offset)}
+        ax.annotate(name, point, textcoords="offset points", **place)
     ax.text(0.98, 0.05, f"AUC {report.roc.auc:.3f}", ha="right", weight="bold", size=11)
     ax.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal", xlabel="non-matches taken for matches", ylabel="matches found")
     _in_percent(ax, "xy")
@@ -142,17 +146,23 @@ def _kept(report: NoiseReport) -> "Figure":
             shares = report.kept[:, kind]
             ax.plot(GRID, shares, color=COLOURS[kind], linewidth=2, linestyle=DASHES[kind], label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="theta", ylabel="kept")
+    _mark_thetas(ax, report)
+    _in_percent(ax, "y")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, handlelength=2.2, columnspacing=1.2)
+    return figure
+
+
+def _mark_thetas(ax: "Axes", report: NoiseReport) -> None:
+    """Vertical lines at the configured and the suggested theta, their names above, none over another."""
     marks = {"configured": report.threshold, "suggested": report.suggested}
     if report.threshold == report.suggested:
-        marks = {"configured and suggested": report.threshold}
-    for height, (name, theta) in zip((1.02, 1.09), marks.items(), strict=False):
-        if theta is not None:
-            ax.axvline(theta, color=INK, linewidth=1, linestyle="-" if name != "suggested" else (0, (1, 2)))
-            place = {"ha": "left" if theta < 0.5 else "right"} if len(name) > 10 else {"ha": "center"}
-            ax.text(theta, height, f"{name} {theta:g}", transform=ax.get_xaxis_transform(), **place)
-    _in_percent(ax, "y")
-    ax.legend(frameon=False, loc="lower left", handlelength=2.6)
-    return figure
+        marks = {"configured, suggested": report.threshold}
+    drawn = {name: theta for name, theta in marks.items() if theta is not None}
+    is_close = max(drawn.values(), default=0) - min(drawn.values(), default=0) < 0.4
+    for row, (name, theta) in enumerate(drawn.items()):
+        ax.axvline(theta, color=INK, linewidth=1, linestyle=(0, (1, 2)) if name == "suggested" else "-")
+        height = 1.02 + 0.07 * (row if is_close else 0)
+        ax.text(theta, height, f"{name} {theta:g}", transform=ax.get_xaxis_transform(), ha="center")
 
 
 def _in_percent(ax: "Axes", which: str) -> None:
