@@ -6,16 +6,14 @@ Plots hold numbers and our own words alone, never a user's text, so that no glyp
 import io
 import re
 from dataclasses import astuple
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from flipkd_dist.filter_shares import GRID
 from flipkd_dist.noise_report import NoiseReport
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Axes = Figure = Any  # matplotlib's, which is imported where a plot is drawn: other commands should not wait for it
 
 NAMES = ("matches", "non-matches", "off-diagonal")
 # What is drawn in these colours takes the page's: var(--positives) and so on, light or dark.
@@ -54,7 +52,7 @@ def plots(report: NoiseReport) -> dict[str, str]:
     return found
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +61,7 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _svg(figure: "Figure", name: str) -> str:
+def _svg(figure: Figure, name: str) -> str:
     """The element alone: no date, no size of its own, no style that reaches beyond it, colours as variables."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -79,7 +77,7 @@ def _svg(figure: "Figure", name: str) -> str:
     return re.sub(r"\n\s*\n+", "\n", text).strip()
 
 
-def _distributions(report: NoiseReport) -> "Figure":
+def _distributions(report: NoiseReport) -> Figure:
     """A row for each kind of pair; what the filter drops is pale."""
     figure = _figure(8.4, 4.2)
     axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"hspace": 0.12})
@@ -95,7 +93,7 @@ def _distributions(report: NoiseReport) -> "Figure":
     return figure
 
 
-def _distribution(ax: "Axes", report: NoiseReport, kind: int, colour: str) -> None:
+def _distribution(ax: Axes, report: NoiseReport, kind: int, colour: str) -> None:
     from matplotlib.patches import Rectangle
 
     low, high = report.edges[[0, -1]]
@@ -116,7 +114,7 @@ def _distribution(ax: "Axes", report: NoiseReport, kind: int, colour: str) -> No
     ax.axvline(boundary, color=INK, linewidth=1, linestyle=(0, (3, 2)))
 
 
-def _roc(report: NoiseReport) -> "Figure | None":
+def _roc(report: NoiseReport) -> Figure | None:
     if report.roc is None:
         return None
     figure = _figure(4.2, 3.9)
@@ -137,7 +135,7 @@ def _roc(report: NoiseReport) -> "Figure | None":
     return figure
 
 
-def _kept(report: NoiseReport) -> "Figure":
+def _kept(report: NoiseReport) -> Figure:
     figure = _figure(4.2, 3.9)
     ax = figure.subplots()
     ax.axhline(0.5, color=FAINT, linewidth=1)
@@ -152,7 +150,7 @@ def _kept(report: NoiseReport) -> "Figure":
     return figure
 
 
-def _mark_thetas(ax: "Axes", report: NoiseReport) -> None:
+def _mark_thetas(ax: Axes, report: NoiseReport) -> None:
     """Vertical lines at the configured and the suggested theta, their names above, none over another."""
     marks = {"configured": report.threshold, "suggested": report.suggested}
     if report.threshold == report.suggested:
@@ -165,7 +163,7 @@ def _mark_thetas(ax: "Axes", report: NoiseReport) -> None:
         ax.text(theta, height, f"{name} {theta:g}", transform=ax.get_xaxis_transform(), ha="center")
 
 
-def _in_percent(ax: "Axes", which: str) -> None:
+def _in_percent(ax: Axes, which: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
     for axis in (getattr(ax, f"{letter}axis") for letter in which):

@@ -40,6 +40,7 @@ def degenerate_cases():
         ("no off-diagonal", similarity, label, NOTHING, 0.5),
         ("all equal", np.full(8, 0.7), label, np.full(5, 0.7), 0.5),
         ("all equal to 1", np.ones(8), label, np.ones(5), 0.5),
+        ("the wrong way round", np.array([0.9, 0.8, 0.3]), np.array([0, 0, 1]), OFF_DIAGONAL, 0.5),
         ("one pair", similarity[:1], label[:1], NOTHING, 0.5),
         ("filter off", similarity, label, OFF_DIAGONAL, None),
         ("a theta of the user's", similarity, label, OFF_DIAGONAL, 0.37),

@@ -22,8 +22,9 @@ def test_report_of_a_teacher_that_fits():
     assert not any(line.startswith("warning:") for line in lines)
 
 
-def test_histogram():
-    similarity = np.array([-0.3, 0.05, 0.7, 0.7, 0.95, 1.0000001], np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_histogram(dtype):
+    similarity = np.array([-0.3, 0.05, 0.7, 0.7, 0.95, 1.0000001], np.float32).astype(dtype)
     lines = report(similarity, np.array([0, 0, 1, 0, 1, 1]), OFF_DIAGONAL, None)
     rows = {line.split("  ")[0]: line[12:].split() for line in lines[2:12]}
     assert rows["below 0.1"] == ["0", "2", "#" * 14]
