@@ -34,7 +34,7 @@ class FilterShares:
 def kinds_of(similarity: np.ndarray, label: np.ndarray, off_diagonal: np.ndarray) -> list[torch.Tensor]:
     """The similarities of each kind of pair."""
     similarity, label = np.asarray(similarity), np.asarray(label)
-    return [torch.from_numpy(x) for x in (similarity[label == 1], similarity[label == 0], np.asarray(off_diagonal))]
+    return [torch.from_numpy(x) for x in (similarity[label == 1], similarity[label == 0], np.array(off_diagonal))]
 
 
 def kept(values: torch.Tensor, match: bool, threshold: float | None) -> torch.Tensor:

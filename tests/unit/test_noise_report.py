@@ -8,6 +8,7 @@ from noise_cases import LABELLED, NEGATIVES, NOTHING, OFF_DIAGONAL, POSITIVES, d
 from sklearn.metrics import roc_auc_score
 
 from flipkd_dist import noise_numbers
+from flipkd_dist.contradictions import ContradictoryPair
 from flipkd_dist.filter_shares import filter_shares, suggested_threshold
 from flipkd_dist.noise_report import noise_report, report
 
@@ -134,3 +135,9 @@ def test_facts_and_pairs_in_the_text_fit_a_terminal_and_leave_it_alone():
     assert "3 of 6" in lines[at] and lines[at + 1] == "  label 0, similarity 0.900  file:0"
     assert "我的卡还没有到" in lines[at + 5] and lines[at + 8].endswith("x…")
     assert max(map(len, lines)) <= 80 and all(line.isprintable() for line in lines)
+
+
+def test_wide_characters_count_twice_in_a_terminal():
+    pair = ContradictoryPair(0.1, 1, "卡" * 200, "card " * 100)
+    wide, narrow_line = noise_report(*LABELLED, OFF_DIAGONAL, None, [pair]).lines()[-3:-1]
+    assert wide == "    " + "卡" * 37 + "…" and len(narrow_line) == 80
