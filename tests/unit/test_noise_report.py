@@ -116,6 +116,7 @@ def test_a_large_roc_is_sampled_reproducibly_and_says_so(monkeypatch):
     label = (generator.random(50_000) < 0.02).astype(int)  # few positives: all of them are taken
     case = generator.normal(0.3 + 0.2 * label, 0.15), label, generator.normal(0.1, 0.1, 1000), 0.5
     whole = noise_report(*case)
+    assert whole.agreement_best >= max(np.mean((case[0] >= cut) == label) for cut in np.linspace(0, 1.2, 61))
     monkeypatch.setattr(noise_numbers, "MOST_ROC_PAIRS", 5000)
     found, again = noise_report(*case), noise_report(*case)
     assert found.roc.is_sampled and not whole.roc.is_sampled
