@@ -64,7 +64,7 @@ def _figure(width: float, height: float) -> Figure:
 def _svg(figure: Figure, name: str) -> str:
     """The element alone: no date, no size of its own, no style that reaches beyond it, colours as variables."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(file, format="svg")
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(

@@ -94,6 +94,7 @@ def test_plots_take_the_colours_of_the_page():
     assert set(drawn) == {"distributions", "roc", "kept"}
     for svg in drawn.values():
         assert svg.startswith("<svg ") and svg.endswith("</svg>")
+        assert "<metadata" not in svg and "<style" not in svg  # no date, no style for the whole page
         assert not any(colour in svg for colour in COLOURS) and "var(--ink)" in svg
         assert not re.search(r"#[0-9a-f]{6}\b", svg)
 
