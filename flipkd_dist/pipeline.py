@@ -13,11 +13,13 @@ import numpy as np
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
+from flipkd_dist.filter_shares import filter_shares
+from flipkd_dist.noise_report import report
 from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import digest, read_json, write_json
-from flipkd_dist.score import filter_shares, report, score
+from flipkd_dist.score import score
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
