@@ -37,9 +37,7 @@ def text_of(record: Record, column: str, setting: str) -> str:
     text = text.strip()
     if not any(map(str.isprintable, text)):
         raise UserError(f"{column} is empty: fill it in or remove the record")
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # JSON can escape what no UTF-8 file can hold
-        raise UserError(f"{column} holds half of a surrogate pair: correct its \\u escapes")
-    return text
+    return _writable(text, column)
 
 
 def label_of(record: Record, column: str, setting: str) -> int:
@@ -70,7 +68,13 @@ def name_of(record: Record, column: str) -> str:
         return f"{name:.17g}"  # pandas turns whole numbers into floats where one is missing
     if not isinstance(name, str | int):
         raise UserError(f"{column} is {shown(name)}: write a text or a number")
-    return str(name).strip()
+    return _writable(str(name).strip(), column)
+
+
+def _writable(text: str, column: str) -> str:
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # JSON can escape what no UTF-8 file can hold
+        raise UserError(f"{column} holds half of a surrogate pair: correct its \\u escapes")
+    return text
 
 
 def score_of(record: Record, column: str) -> float | None:
