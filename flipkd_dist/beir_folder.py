@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_fields import Record, name_of, require_column, score_of, shown, text_of
@@ -49,10 +50,8 @@ def _qrels(path: str | Path) -> tuple[Path, Path]:
 class _Lines:
     """The objects of a JSONL file by their `_id`; none of them stays in memory."""
 
-    def __init__(self, path: Path, database: sqlite3.Connection, stack: ExitStack):
-        self.path, self.database, self.table = path, database, path.stem
-        stack.enter_context(readable(path))
-        self.file = stack.enter_context(open(path, "rb"))
+    def __init__(self, path: Path, file: BinaryIO, database: sqlite3.Connection):
+        self.path, self.file, self.database, self.table = path, file, database, path.stem
         self._index()
 
     def _index(self) -> None:
@@ -115,7 +114,11 @@ def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
     columns = "(id TEXT PRIMARY KEY, number INTEGER, place INTEGER) WITHOUT ROWID"
     with ExitStack() as stack:
         database = stack.enter_context(temporary_database(f"corpus {columns}", f"queries {columns}"))
-        corpus, queries = (_Lines(folder / name, database, stack) for name in ("corpus.jsonl", "queries.jsonl"))
+        lines = []
+        for path in (folder / "corpus.jsonl", folder / "queries.jsonl"):
+            stack.enter_context(readable(path))
+            lines.append(_Lines(path, stack.enter_context(open(path, "rb")), database))
+        corpus, queries = lines
         for number, row in read_records(qrels, "tsv"):
             where = f"{qrels}:{number}"
             try:
@@ -123,7 +126,10 @@ def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
                 relevance = score_of({"score": score}, "score")
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            record = {"text_a": _find(queries, query, "query", where), "text_b": _find(corpus, document, "document", where)}
+            record = {
+                "text_a": _find(queries, query, "query", where),
+                "text_b": _find(corpus, document, "document", where),
+            }
             yield number, {**record, "label": int(relevance > 0), "id_a": query, "id_b": document}, qrels
 
 
