@@ -53,7 +53,6 @@ def test_datasets_reads_it(tmp_path, target, extension):
 @pytest.mark.parametrize("extension", BUILDERS)
 @pytest.mark.parametrize("target, texts", [("sentence_transformers", 2), ("triplets", 3)])
 def test_sentence_transformers_takes_the_columns_for_what_they_are(tmp_path, target, texts, extension):
-    from sentence_transformers import SentenceTransformerTrainer  # noqa: F401  the package's public entry
     from sentence_transformers.data_collator import SentenceTransformerDataCollator
 
     rows, seen = list(loaded(tmp_path, target, extension)), []
