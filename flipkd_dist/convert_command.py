@@ -97,7 +97,8 @@ def _check_output(source: str, output: str, target: str) -> None:
 def _reader(source: str, source_format: str, seed: int) -> Callable[[Counter], Iterator[Record]]:
     """A function that begins to read anew each time; its argument counts what gets lost on the way."""
     if source_format == "faq":
-        rows = read_fields(source, text_and_group, "text", "group")
+        remedies = ("use flipkd pairs --text", "use flipkd pairs --group")
+        rows = read_fields(source, lambda record: text_and_group(record, "text", "group", remedies))
         pairs = make_pairs([text for text, _ in rows], [group for _, group in rows], seed) if rows else []
         return lambda lost: iter(_some(pairs, source))
     data = DataConfig(format="auto" if source_format == "pairs" else source_format)

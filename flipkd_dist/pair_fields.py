@@ -95,10 +95,12 @@ def score_of(record: Record, column: str) -> float | None:
     return number
 
 
-def text_and_group(record: Record, text_column: str, group_column: str) -> tuple[str, str]:
-    """The text of a record and the group that it stands in, both required."""
-    require_column(record, group_column, "--group")
-    text, group = text_of(record, text_column, "--text"), name_of(record, group_column)
+def text_and_group(
+    record: Record, text_column: str, group_column: str, settings: tuple[str, str] = ("--text", "--group")
+) -> tuple[str, str]:
+    """The text of a record and the group that it stands in, both required; `settings` name the columns."""
+    require_column(record, group_column, settings[1])
+    text, group = text_of(record, text_column, settings[0]), name_of(record, group_column)
     if not group:
         raise UserError(f"{group_column} is empty: fill it in or remove the record")
     return text, group

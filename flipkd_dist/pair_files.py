@@ -18,6 +18,7 @@ from flipkd_dist.record_writer import DELIMITERS, write_file
 
 T = TypeVar("T")
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+MAX_FIELD = 2**26  # characters of a field, so that a quote which is never closed does not fill the memory
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+):([\w\[\]:%+]+)")  # org/name:split
 
 
@@ -120,6 +121,9 @@ def _json_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _delimited_records(path: str | Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     start, header = 1, None
+    csv.field_size_limit(
+        MAX_FIELD
+    )  # of the process; the module's own limit of 131,072 is less than long documents have
     with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
         # Strict, so that a quote which is never closed does not swallow the rest of the file.
         rows = csv.reader(file, delimiter=delimiter, strict=True)

@@ -19,7 +19,7 @@ NASTY = [
     "我的卡在哪里",
     "🙂 👩‍👩‍👧 é é",
     "\0 within \0",
-    "x" * 100_000,
+    "x" * 200_000,
     "=1+1\\N\\t{}[]",
     "line\u2028separator\x85next\x0b",
     '"',
@@ -249,7 +249,13 @@ MISTAKES = {
     "triplets of matches": ("one.jsonl", "out.csv", "triplets", {}, "no non-match in it.*--negatives"),
     "triplets of none": ("none.jsonl", "out.csv", "triplets", {}, "no match in it, and triplets need one"),
     "faq without groups": ("p.jsonl", "out.csv", "faq", {}, "no group_a and group_b in it"),
-    "faq column": ("p.jsonl", "out.csv", "pairs", {"source_format": "faq"}, "p.jsonl:1: no column group"),
+    "faq column": (
+        "p.jsonl",
+        "out.csv",
+        "pairs",
+        {"source_format": "faq"},
+        "no column group; .*: correct the file or use flipkd pairs --group",
+    ),
     "which split": ("beir", "out.csv", "pairs", {}, "no split 'dev'|no .*queries.jsonl"),
 }
 
