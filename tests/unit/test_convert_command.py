@@ -222,14 +222,26 @@ def test_few_texts_give_few_non_matches_and_it_is_said(tmp_path):
         ("b", "z", 1, "h", "h"),
         ("b", "b", 1, "h", "h"),
         ("y", "z", 0, "", ""),
+        ("z", "q", 1, "", ""),
     ]
     names = ("text_a", "text_b", "label", "group_a", "group_b")
     given = save(tmp_path / "p.jsonl", [dict(zip(names, row, strict=True)) for row in rows])
     summary = convert(given, f"{tmp_path}/out.jsonl", "pairs", negatives=3)
     made = {record[:2] for record in pair_set(tmp_path / "out.jsonl", "auto", "kind") if record[3] == "random"}
-    # a with y, x and b with z, b are known; of the others every one is made once.
-    assert made == {("a", "z"), ("a", "b"), ("b", "x"), ("b", "y")}
+    # Of the pool x, y, z, b, q: neither what is labelled in either order (y with z, z with b) nor z with itself.
+    assert made == {("a", "z"), ("a", "b"), ("a", "q"), ("b", "x"), ("b", "y"), ("b", "q"), ("z", "x")}
     assert summary["left_out"] == ["8 non-matches not made: too few texts to draw from"]
+
+
+def test_texts_of_one_group_are_no_non_matches(tmp_path):
+    groups = {"a": "g", "x": "g", "y": "g", "b": "h", "z": "h"}
+    rows = [("a", "x", 1), ("a", "y", 0), ("b", "z", 1), ("b", "x", 0), ("x", "y", 1)]
+    named = [
+        {"text_a": a, "text_b": b, "label": label, "group_a": groups[a], "group_b": groups[b]} for a, b, label in rows
+    ]
+    convert(save(tmp_path / "p.jsonl", named), f"{tmp_path}/out.jsonl", "pairs", negatives=3)
+    made = {record[:2] for record in pair_set(tmp_path / "out.jsonl", "auto", "kind") if record[3] == "random"}
+    assert made == {("a", "z"), ("b", "y"), ("x", "z")}
 
 
 MISTAKES = {
