@@ -121,9 +121,7 @@ def _json_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _delimited_records(path: str | Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     start, header = 1, None
-    csv.field_size_limit(
-        MAX_FIELD
-    )  # of the process; the module's own limit of 131,072 is less than long documents have
+    csv.field_size_limit(MAX_FIELD)  # of the process; the module's own 131,072 is less than long documents have
     with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
         # Strict, so that a quote which is never closed does not swallow the rest of the file.
         rows = csv.reader(file, delimiter=delimiter, strict=True)
