@@ -11,6 +11,8 @@ import click
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.pair_export import TARGETS
+from flipkd_dist.pair_formats import SOURCES
 from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.stop import handling, stop_at_once
 
@@ -232,6 +234,41 @@ def pairs(
     )
     for key, value in summary.items():
         logger.info("%s: %s", key, value)
+
+
+@cli.command()
+@click.argument("input_", metavar="INPUT")
+@click.option("--output", required=True, help="A file, whose extension is its form; for beir a new FOLDER[:SPLIT].")
+@click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="The format to write.")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(SOURCES),
+    default="auto",
+    show_default=True,
+    help="The format to read; auto: what INPUT looks like.",
+)
+@click.option(
+    "--negatives",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Random non-matches to make for each match, for sets that hold matches alone.",
+)
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="The only source of chance.")
+def convert(input_, output, target, source_format, negatives, seed) -> None:
+    """Pairs of one format as pairs of another. INPUT is a file, a hub split org/name:split or a BEIR FOLDER[:SPLIT].
+
+    Formats: pairs (our own columns; JSONL, CSV, TSV or Parquet), flagembedding, sentence_transformers, triplets (of
+    Sentence-Transformers), tevatron, beir, mteb, faq (text, group).
+    """
+    from flipkd_dist.convert_command import convert
+
+    summary = convert(input_, output, target, source_format, negatives, seed)
+    left_out = summary.pop("left_out")
+    logger.info("%s -> %s: %s", input_, output, ", ".join(f"{key} {value}" for key, value in summary.items()))
+    for line in left_out:
+        logger.info("%s", line)
 
 
 def _shares(split: str | None) -> dict[str, float] | None:

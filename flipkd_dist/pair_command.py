@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from flipkd_dist.errors import UserError
 from flipkd_dist.grouped_texts import distinct_texts, normalise, split_texts
-from flipkd_dist.pair_fields import Record, name_of, require_column, text_of
+from flipkd_dist.pair_fields import Record, text_and_group, text_of
 from flipkd_dist.pair_files import check_output, read_fields, write_records
 from flipkd_dist.pair_maker import Encode, make_pairs
 
@@ -45,7 +45,7 @@ def pairs_command(
         if any(path.resolve() == Path(source).resolve() for source in [input, *exclude]):
             raise UserError(f"{path}: this file is an input: name another output")
 
-    records = read_fields(input, _text_and_group, text_column, group_column)
+    records = read_fields(input, text_and_group, text_column, group_column)
     texts, groups = [text for text, _ in records], [group for _, group in records]
     excluded = {normalise(text) for path in exclude for pair in read_fields(path, _texts, text_column) for text in pair}
     allowed = [row for row, text in enumerate(texts) if normalise(text) not in excluded]
@@ -92,14 +92,6 @@ def _require_both_labels(input: str | Path, group_column: str, sizes: Counter) -
     else:
         return
     raise UserError(f"{input}: {found}: add texts or name another column as --group")
-
-
-def _text_and_group(record: Record, text_column: str, group_column: str) -> tuple[str, str]:
-    require_column(record, group_column, "--group")
-    text, group = text_of(record, text_column, "--text"), name_of(record, group_column)
-    if not group:
-        raise UserError(f"{group_column} is empty: fill it in or remove the record")
-    return text, group
 
 
 def _texts(record: Record, text_column: str) -> list[str]:

@@ -8,16 +8,17 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flipkd_dist.errors import UserError
+from flipkd_dist.record_writer import DELIMITERS, write_file
 
 T = TypeVar("T")
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-DELIMITERS = {"csv": ",", "tsv": "\t"}
+MAX_FIELD = 2**26  # characters of a field, so that a quote which is never closed does not fill the memory
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+):([\w\[\]:%+]+)")  # org/name:split
 
 
@@ -84,7 +85,7 @@ def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> li
 
 
 @contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
+def readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -96,24 +97,32 @@ def _readable(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}:{bad}: not UTF-8: save the file as UTF-8") from None
 
 
+def json_object(line: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line; `where` is its place, for errors."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8: save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        detail = _one_line(error).replace("line 1 column", "column")
+        raise UserError(f"{where}: broken JSON ({detail}): write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {reprlib.repr(record)} is no JSON object: write one object a line")
+    return record
+
+
 def _json_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _readable(path), open(path, encoding="utf-8-sig") as file:
+    with readable(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                detail = _one_line(error).replace("line 1 column", "column")
-                raise UserError(f"{path}:{number}: broken JSON ({detail}): write one JSON object a line") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: {reprlib.repr(record)} is no JSON object: write one object a line")
-            yield number, record
+            yield number, json_object(line, f"{path}:{number}")
 
 
 def _delimited_records(path: str | Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     start, header = 1, None
-    with _readable(path), open(path, encoding="utf-8-sig", newline="") as file:
+    csv.field_size_limit(MAX_FIELD)  # of the process; the module's own 131,072 is less than long documents have
+    with readable(path), open(path, encoding="utf-8-sig", newline="") as file:
         # Strict, so that a quote which is never closed does not swallow the rest of the file.
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         try:
@@ -139,7 +148,7 @@ def _parquet_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     done = 0
-    with _readable(path):
+    with readable(path):
         try:
             with pq.ParquetFile(path) as file:
                 _distinct_names(file.schema_arrow.names, path)
@@ -183,16 +192,19 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: the folder {path.parent} is not writable: name another")
 
 
-def write_records(files: dict[Path, list[dict[str, Any]]]) -> None:
+def write_records(files: dict[Path, Iterable[dict[str, Any]]], columns: list[str] | None = None) -> None:
     """Write each file in the format of its extension: all of them complete under temporary names, then renamed.
 
+    Args:
+        files: the records of each; a list, or with `columns` a stream too, which is never held whole.
+        columns: of CSV, TSV and Parquet; None: those of the records.
     Raises:
         UserError: a file cannot be written; then none is left half-written.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, records in files.items():
-            _write(temporary[path], records, known_extension(path))
+            write_file(temporary[path], records, known_extension(path), columns)
         for path in files:
             os.replace(temporary[path], path)
     except OSError as error:
@@ -203,24 +215,3 @@ def write_records(files: dict[Path, list[dict[str, Any]]]) -> None:
         for leftover in temporary.values():
             with suppress(OSError):
                 leftover.unlink()
-
-
-def _write(path: Path, records: list[dict[str, Any]], format: str) -> None:
-    if format == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(records), path)
-        return
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        if format == "jsonl":
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            return
-        rows = csv.DictWriter(
-            file,
-            list(dict.fromkeys(key for record in records for key in record)),
-            delimiter=DELIMITERS[format],
-            lineterminator="\n",
-        )
-        rows.writeheader()
-        rows.writerows(records)

@@ -11,8 +11,7 @@ import numpy as np
 
 from flipkd_dist.config import DataConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_fields import label_of, name_of, text_of
-from flipkd_dist.pair_files import file_format, place, read_records
+from flipkd_dist.pair_formats import Place, pair_id, pair_records
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,25 +89,20 @@ def _read(paths: list[str | Path], data: DataConfig) -> PairTable:
         raise UserError(f"data.text_a and data.text_b both name the column {data.text_a}: name two columns")
     texts, groups = _Codes(), _Codes()
     pairs: list[tuple[int, int, int, int, int]] = []
-    places: dict[str, tuple[str | Path, int, str]] = {}  # of each id
+    places: dict[str, Place] = {}  # of each id
     kinds: list[str] = []
     for path, prefix in zip(paths, _id_prefixes(paths), strict=True):
-        format, before = file_format(path, data.format), len(pairs)
-        for number, record in read_records(path, format):
-            try:
-                text_a = text_of(record, data.text_a, "data.text_a")
-                text_b = text_of(record, data.text_b, "data.text_b")
-                label = label_of(record, data.label, "data.label")
-                group_a, group_b = name_of(record, "group_a"), name_of(record, "group_b")
-                pair_id = name_of(record, "id") or f"{prefix}:{number}"
-                if pair_id in places:
-                    raise UserError(f"id {pair_id!r} stands at {place(*places[pair_id])} too: make ids unique")
-                places[pair_id] = (path, number, format)
-                kinds.append(name_of(record, "kind"))
-            except UserError as error:
-                raise UserError(f"{place(path, number, format)}: {error}") from None
-            codes = [groups[group] if group else -1 for group in (group_a, group_b)]
-            pairs.append((texts[text_a], texts[text_b], label, *codes))
+        before = len(pairs)
+        for number, record, where in pair_records(path, data):
+            name = pair_id(record, number, prefix)
+            if name in places and not record.get("id"):  # the same two texts judged twice: the number tells them apart
+                name = f"{name}@{number}"
+            if name in places:
+                raise UserError(f"{where}: id {name!r} stands at {places[name]} too: make ids unique")
+            places[name] = where
+            kinds.append(record.get("kind", ""))
+            codes = [groups[record[key]] if key in record else -1 for key in ("group_a", "group_b")]
+            pairs.append((texts[record["text_a"]], texts[record["text_b"]], record["label"], *codes))
         if len(pairs) == before:
             raise UserError(f"{path}: no pairs in it: add some or name another file")
     columns = np.array(pairs, dtype=np.int64).T.copy()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flipkd_dist.beir_folder import is_beir_folder
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
@@ -36,7 +37,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     def whole(value):
         if isinstance(value, list):
             return [whole(one) for one in value]
-        return str(Path(value).expanduser().resolve()) if value and Path(value).expanduser().exists() else value
+        if value and Path(value).expanduser().exists():
+            return str(Path(value).expanduser().resolve())
+        folder, colon, split = (value or "").rpartition(":")  # FOLDER:SPLIT of data.format beir
+        folder = Path(folder).expanduser()
+        return f"{folder.resolve()}:{split}" if colon and is_beir_folder(folder) else value
 
     values = config.model_dump()
     values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
