@@ -234,6 +234,51 @@ def pairs(
         logger.info("%s: %s", key, value)
 
 
+@cli.group()
+def store() -> None:
+    """The teacher's store of a run: whether it is sound, what it holds, fewer and bigger shards."""
+
+
+store_path = click.argument("path", type=click.Path(path_type=Path))
+
+
+@store.command()
+@store_path
+@click.option("--repair", is_flag=True, help="Remove the damaged shards; the next run scores just their texts again.")
+def verify(path: Path, repair: bool) -> None:
+    """Read every byte and name what is damaged: exit code 1. PATH: a run folder, its teacher/ or teacher/pairs."""
+    from flipkd_dist import store_command
+
+    damage = store_command.verify(path, repair)
+    for line in damage:
+        click.echo(line)
+    click.echo(
+        f"{len(damage)} damaged" + (", mended: the next run scores what is missing" if repair and damage else "")
+    )
+    if damage and not repair:
+        sys.exit(1)
+
+
+@store.command()
+@store_path
+def stats(path: Path) -> None:
+    """Texts, bytes and specification of each teacher's vectors. PATH as in `verify`."""
+    from flipkd_dist import store_command
+
+    for line in store_command.stats(path):
+        click.echo(line)
+
+
+@store.command()
+@store_path
+def compact(path: Path) -> None:
+    """Merge small shards into shards of 64 MiB; a kill at any moment loses nothing. PATH as in `verify`."""
+    from flipkd_dist import store_command
+
+    for line in store_command.compact(path):
+        click.echo(line)
+
+
 def _shares(split: str | None) -> dict[str, float] | None:
     if split is None:
         return None
