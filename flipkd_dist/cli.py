@@ -247,9 +247,9 @@ store_path = click.argument("path", type=click.Path(path_type=Path))
 @click.option("--repair", is_flag=True, help="Remove the damaged shards; the next run scores just their texts again.")
 def verify(path: Path, repair: bool) -> None:
     """Read every byte and name what is damaged: exit code 1. PATH: a run folder, its teacher/ or teacher/pairs."""
-    from flipkd_dist import store_command
+    from flipkd_dist import store_verify
 
-    damage = store_command.verify(path, repair)
+    damage = store_verify.verify(path, repair)
     for line in damage:
         click.echo(line)
     click.echo(
@@ -263,9 +263,9 @@ def verify(path: Path, repair: bool) -> None:
 @store_path
 def stats(path: Path) -> None:
     """Texts, bytes and specification of each teacher's vectors. PATH as in `verify`."""
-    from flipkd_dist import store_command
+    from flipkd_dist import store_stats
 
-    for line in store_command.stats(path):
+    for line in store_stats.stats(path):
         click.echo(line)
 
 
@@ -273,9 +273,9 @@ def stats(path: Path) -> None:
 @store_path
 def compact(path: Path) -> None:
     """Merge small shards into shards of 64 MiB; a kill at any moment loses nothing. PATH as in `verify`."""
-    from flipkd_dist import store_command
+    from flipkd_dist import store_compact
 
-    for line in store_command.compact(path):
+    for line in store_compact.compact(path):
         click.echo(line)
 
 

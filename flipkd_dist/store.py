@@ -19,6 +19,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.store_index import SUFFIXES, Index, index_paths, write_index
 from flipkd_dist.store_keys import WORD, KeySet, chunks, keys_of, normalised, pair_text, text_key
 from flipkd_dist.store_manifest import MANIFEST, Entry, new_entry, read_entries, write_entries
+from flipkd_dist.store_reader import StoreReader
 from flipkd_dist.store_shards import (
     DamagedShard,
     Shard,
@@ -171,7 +172,7 @@ class Store:
                 if path not in named:
                     path.unlink(missing_ok=True)
 
-    def open(self) -> "StoreReader":
+    def open(self) -> StoreReader:
         """A reader of what `publish` declared: maps two files, reads none of them.
 
         Raises:
@@ -180,7 +181,7 @@ class Store:
         entry = self.entry()
         while entry is not None:
             try:
-                return StoreReader(self, Index(self.folder, self.spec.key, entry["index"]))
+                return StoreReader(self.folder, self.spec, Index(self.folder, self.spec.key, entry["index"]))
             except UserError:
                 before, entry = entry, self.entry()
                 if entry == before:  # else it was published anew while we looked
@@ -220,43 +221,3 @@ def set_aside(path: Path, error: Exception) -> None:
     if path.exists():  # else another process merged it
         _warn(path, error)
         path.replace(path.with_name(f"{path.name}.damaged"))
-
-
-class StoreReader:
-    """Vectors by text, read-only; touches only the pages that hold what is asked for."""
-
-    def __init__(self, store: Store, index: Index):
-        self.store, self.index = store, index
-
-    def __len__(self) -> int:
-        """Number of unique texts."""
-        return self.index.num_keys
-
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """The row of each text, for `at`; int64 [n].
-
-        Raises:
-            KeyError: the store is not complete for these texts (an error of ours: scoring comes first).
-        """
-        rows, found = self.index.find(keys_of(texts))
-        if not found.all():
-            first = texts[int(np.argmin(found))]
-            raise KeyError(f"{self.store.folder} lacks {np.sum(~found)} of {len(texts)} texts, the first is {first!r}")
-        return rows
-
-    def at(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of rows, float32 [n, d]; what was stored in float16 is scaled back to length 1.
-
-        Raises:
-            UserError: the index is damaged there.
-        """
-        spec = self.store.spec
-        words = np.ascontiguousarray(self.index.read(np.asarray(rows)))
-        vectors = words.view(spec.numbers)[:, : spec.hidden_size].astype(np.float32)
-        if spec.are_unit:
-            vectors /= np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
-        return vectors
-
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """The vectors of texts, float32 [n, d] in the order given."""
-        return self.at(self.rows(texts))
