@@ -1,6 +1,5 @@
 """`flipkd store compact`: small shards merged into big ones, and texts that stand twice kept once."""
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -42,10 +41,11 @@ def compact_store(store: Store, shard_bytes: int = SHARD_BYTES) -> tuple[int, in
     rows = max(1, shard_bytes // (store.spec.hidden_size * store.spec.numbers.itemsize))
     with one_at_a_time(store.folder), ExitStack() as undo:
         before = store.shards()
-        _check_room(store, sum(size for size, _ in before.values()))
         merge = _Merge(store, rows, set(before), undo)
         # The biggest first: a text that stands twice stays where it need not be moved.
-        for name in tqdm(sorted(before, key=lambda name: (-before[name][0], name)), desc="compact", unit=" shards"):
+        for name in tqdm(
+            sorted(before, key=lambda name: (-before[name][0], name)), desc="compact", unit=" shards", delay=1
+        ):
             merge.take(name)
         merge.flush()
         if merge.kept != set(before):
@@ -55,12 +55,6 @@ def compact_store(store: Store, shard_bytes: int = SHARD_BYTES) -> tuple[int, in
             (store.folder / name).unlink(missing_ok=True)
     store.publish()
     return len(before), len(merge.kept)
-
-
-def _check_room(store: Store, needed: int) -> None:
-    free = shutil.disk_usage(store.folder).free
-    if needed > free:
-        raise UserError(f"{store.folder}: compact needs up to {needed:,} bytes, {free:,} are free: make room first")
 
 
 class _Merge:
