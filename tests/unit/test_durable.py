@@ -28,7 +28,9 @@ def test_a_file_is_there_only_when_it_is_complete(tmp_path):
     assert path.read_bytes() == b"all" and os.listdir(path.parent) == ["file"]
 
 
-def test_drafts_of_killed_writers_go_and_those_being_written_stay(tmp_path):
+def test_drafts_of_killed_writers_go_and_those_being_written_stay(tmp_path, monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (sweep(tmp_path.glob("*.tmp")), replace(*names)))
     left = tmp_path / "file.0a1b2c3d.tmp"
     left.write_bytes(b"half")
     with whole_file(tmp_path / "file") as file:

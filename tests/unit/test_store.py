@@ -16,6 +16,8 @@ from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_s
 from flipkd_dist import store as store_module
 from flipkd_dist.errors import UserError
 from flipkd_dist.store import Store, StoreSpec, pair_text
+from flipkd_dist.store_keys import keys_of
+from flipkd_dist.store_shards import Shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,6 +252,20 @@ def test_a_flipped_bit_is_noticed_when_a_shard_is_published(full, caplog):
     write(full, TEXTS[4:8])
     full.publish()
     assert np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))
+
+
+def test_a_flipped_bit_of_a_key_is_noticed_without_reading_vectors(store, caplog):
+    path = write(store, TEXTS[4:8])
+    flip(path, path.read_bytes().find(keys_of([TEXTS[5]]).tobytes()) + 9)
+    assert store.missing(TEXTS[4:8]) == TEXTS[4:8] and path.name in caplog.text
+
+
+def test_vectors_of_other_keys_are_noticed(store, caplog):
+    """Damage from before the file was written, which the checksums of its pages do not know of."""
+    good = Shard.of(keys_of(TEXTS[:2]), expected(TEXTS[:2]).astype(np.float16))
+    write_shard(store.folder, SPEC, Shard(good.keys, good.vectors[::-1], good.checksums))
+    store.publish()
+    assert "do not match their checksums" in caplog.text and not store.is_complete(TEXTS[:1])
 
 
 def test_every_flipped_bit_of_the_index_is_noticed(full):
