@@ -11,6 +11,7 @@ from flipkd_dist.cli import cli
 from flipkd_dist.errors import UserError
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.store_keys import keys_of
+from flipkd_dist.store_manifest import read_entries, write_entries
 from flipkd_dist.store_shards import Shard, write_shard
 from flipkd_dist.store_stats import stats
 from flipkd_dist.store_verify import verify
@@ -95,6 +96,13 @@ def test_a_damaged_index_is_named_and_built_again(store, where):
     assert verify(store.folder, repair=True) == [line]
     assert verify(store.folder) == [] and is_tidy(store)
     assert np.array_equal(store.open().vectors(TEXTS), expected(TEXTS))
+
+
+def test_an_index_with_more_than_its_shards(store):
+    entries = read_entries(store.folder)
+    entries[SPEC.key]["shards"].pop()
+    write_entries(store.folder, entries)
+    assert len(verify(store.folder, repair=True)) == 1 and verify(store.folder) == []
 
 
 @pytest.mark.parametrize("suffix", ["rows", "keys"])
