@@ -126,7 +126,7 @@ def checksums(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """A checksum of each row [n, w] together with its key [n, 2], words [n].
 
     A sum of the words, each times an odd number, modulo 2^64: a change within one word is always seen, any other but
-    for one in about 2^63. A row of zeros has a checksum of its key. Takes 13 microseconds for 256 rows of 768 bytes.
+    for one in about 2^63. A row of zeros has a checksum of its key. 256 rows of 768 bytes take 0.05 ms.
     """
     weights, sums = _weights(2 + rows.shape[1]), np.empty(len(rows), WORD)
     for start in range(0, len(rows), BLOCK):
@@ -137,4 +137,6 @@ def checksums(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _folded(words: np.ndarray) -> np.ndarray:
     """High halves mixed into the low ones: else two flipped highest bits would cancel out."""
-    return words ^ (words >> WORD.type(32))
+    folded = words >> WORD.type(32)
+    folded ^= words
+    return folded
