@@ -271,6 +271,51 @@ def convert(input_, output, target, source_format, negatives, seed) -> None:
         logger.info("%s", line)
 
 
+@cli.group()
+def store() -> None:
+    """The teacher's store of a run: whether it is sound, what it holds, fewer and bigger shards."""
+
+
+store_path = click.argument("path", type=click.Path(path_type=Path))
+
+
+@store.command()
+@store_path
+@click.option("--repair", is_flag=True, help="Remove the damaged shards; the next run scores just their texts again.")
+def verify(path: Path, repair: bool) -> None:
+    """Read every byte and name what is damaged: exit code 1. PATH: a run folder, its teacher/ or teacher/pairs."""
+    from flipkd_dist import store_verify
+
+    damage = store_verify.verify(path, repair)
+    for line in damage:
+        click.echo(line)
+    click.echo(
+        f"{len(damage)} damaged" + (", mended: the next run scores what is missing" if repair and damage else "")
+    )
+    if damage and not repair:
+        sys.exit(1)
+
+
+@store.command()
+@store_path
+def stats(path: Path) -> None:
+    """Texts, bytes and specification of each teacher's vectors. PATH as in `verify`."""
+    from flipkd_dist import store_stats
+
+    for line in store_stats.stats(path):
+        click.echo(line)
+
+
+@store.command()
+@store_path
+def compact(path: Path) -> None:
+    """Merge small shards into shards of 64 MiB; a kill at any moment loses nothing. PATH as in `verify`."""
+    from flipkd_dist import store_compact
+
+    for line in store_compact.compact(path):
+        click.echo(line)
+
+
 def _shares(split: str | None) -> dict[str, float] | None:
     if split is None:
         return None

@@ -1,143 +1,96 @@
-"""The teacher's store: one vector per unique text, in Parquet shards under `teacher/` of a run.
+"""The teacher's store: one vector per unique text, in Parquet shards and a mapped index under `teacher/` of a run.
 
-A shard is complete or absent (temporary name, then rename); the manifest is written last and names the shards that
-readers use. Shards carry the key of their specification in their name, so that another teacher starts afresh and finds
-its own vectors again later. Shapes: n texts, k vectors of a shard, d the hidden size.
+Shards are the durable form: complete or absent, with the key of their specification in their name, so that another
+teacher starts afresh and finds its own vectors again later. `publish` builds from them what readers map into memory;
+the manifest is written last and says what that is. docs/store.md tells the whole. Shapes: n texts, d the hidden size.
 """
 
-import hashlib
-import json
 import logging
-import os
-import unicodedata
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from flipkd_dist.durable import one_at_a_time, sweep
+from flipkd_dist.errors import UserError
+from flipkd_dist.store_index import SUFFIXES, Index, index_paths, write_index
+from flipkd_dist.store_keys import WORD, KeySet, chunks, keys_of, normalised, pair_text, text_key
+from flipkd_dist.store_manifest import MANIFEST, Entry, new_entry, read_entries, write_entries
+from flipkd_dist.store_reader import StoreReader
+from flipkd_dist.store_shards import (
+    DamagedShard,
+    Shard,
+    StoreSpec,
+    first_misfit,
+    padded,
+    read_keys,
+    read_shard,
+    write_shard,
+)
+
+__all__ = ["MANIFEST", "Store", "StoreReader", "StoreSpec", "normalised", "pair_text", "text_key"]
 
 logger = logging.getLogger("flipkd_dist")
 
-KEY = np.dtype("V16")
-MANIFEST = "manifest.json"
-
-
-def normalised(text: str) -> str:
-    """What the teacher reads in place of the text: composed Unicode (NFC), single spaces; NUL parts a pair's texts."""
-    return "\0".join(" ".join(part.split()) for part in unicodedata.normalize("NFC", text).split("\0"))
-
-
-def pair_text(text_a: str, text_b: str) -> str:
-    """A pair as the one text that a store of pair scores knows it by; `split("\\0")` gives its texts back."""
-    return normalised(f"{text_a}\0{text_b}")
-
-
-def text_key(text: str) -> bytes:
-    """16 bytes that stand for the normalised text."""
-    return hashlib.blake2b(normalised(text).encode(), digest_size=16).digest()
-
-
-def _keys_of(texts: Iterable[str]) -> np.ndarray:
-    return np.frombuffer(b"".join(map(text_key, texts)), KEY)
-
-
-def _find(sorted_keys: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(position in `sorted_keys`, whether it is there) of each key."""
-    if not len(sorted_keys):
-        return np.zeros(len(keys), np.intp), np.zeros(len(keys), bool)
-    position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return position, sorted_keys[position] == keys
-
-
-def _write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """A file that is whole under `path`, or not there, whenever the machine stops."""
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # two writers of one shard never share a draft
-    with draft.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """Everything that a vector depends on besides its text."""
-
-    teacher_fingerprint: str
-    pooling: str
-    max_length: int  # tokens
-    hidden_size: int  # 1 for scores of pairs
-    prompt: str = ""
-    dtype: str = "float32"
-
-    @property
-    def key(self) -> str:
-        """12 hex digits that stand for the specification."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+Listing = dict[str, tuple[int, int]]  # name: (bytes, time of the last change)
 
 
 @dataclass(frozen=True)
 class Store:
-    """The vectors of one specification in `folder`; shards of others are left alone. Cheap to send to a worker."""
+    """The vectors of one specification in `folder`; those of others are left alone. Cheap to send to a worker."""
 
     folder: Path
     spec: StoreSpec
+    _seen: "_Seen" = field(default_factory=lambda: _Seen(), init=False, repr=False, compare=False)
 
-    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-        """(keys [k], vectors [k, d]) of a shard; None, with a warning, where it cannot be read whole."""
+    def __reduce__(self):
+        return Store, (self.folder, self.spec)
+
+    def shards(self) -> Listing:
+        """Every complete shard by name, in order, with what tells that it changed."""
+        found = {}
+        for path in sorted(self.folder.glob(f"{self.spec.key}-*.parquet")):
+            with suppress(FileNotFoundError):  # merged by another process meanwhile
+                status = path.stat()
+                found[path.name] = (status.st_size, status.st_mtime_ns)
+        return found
+
+    def entry(self) -> Entry | None:
+        """What the manifest says of this specification.
+
+        Raises:
+            UserError: the manifest is damaged.
+        """
+        return read_entries(self.folder).get(self.spec.key)
+
+    def _published(self, shards: Listing) -> tuple[Index | None, set[str]]:
+        """The index and the shards in it; None where there is none, or it or a shard is not as it was published."""
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read()
-            if json.loads(table.schema.metadata[b"flipkd"]) != asdict(self.spec):
-                raise ValueError("its specification is not the one in its name")
-            vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-            return np.frombuffer(b"".join(table["key"].to_pylist()), KEY), vectors
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
-            logger.warning("teacher store: %s cannot be used (%s): its texts count as missing", path, reason)
-            return None
+            entry = self.entry()
+            listed = {shard["name"]: shard["bytes"] for shard in entry["shards"]} if entry else {}
+            if entry and all(shards.get(name, (None,))[0] == size for name, size in listed.items()):
+                return Index(self.folder, self.spec.key, entry["index"]), set(listed)
+        except UserError as error:
+            logger.debug("teacher store: %s", error)
+        return None, set()
 
-    def _shards(self, paths: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-        """(path, keys [k], vectors [k, d]) of those shards that can be read, one in memory at a time."""
-        for path in paths:
-            shard = self._read(path)
-            if shard is not None:
-                yield path, *shard
+    def holds(self, texts: Iterable[str]) -> np.ndarray:
+        """Which texts a complete shard holds, published or not: bool [n].
 
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.spec.key}-*.parquet"))
-
-    def _manifest_paths(self) -> list[Path] | None:
-        """The shards that the manifest names; None where there is no manifest, or not one of this specification."""
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
-            if manifest["spec"] != asdict(self.spec):
-                return None
-            paths = [self.folder / shard["name"] for shard in manifest["shards"]]
-            sizes = [shard["bytes"] for shard in manifest["shards"]]
-            return paths if [path.stat().st_size for path in paths] == sizes else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _all_keys(self, paths: Iterable[Path]) -> np.ndarray:
-        return np.unique(np.concatenate([np.empty(0, KEY), *(keys for _, keys, _ in self._shards(paths))]))
-
-    def stored_keys(self) -> np.ndarray:
-        """The sorted keys of every complete shard, in the manifest or not."""
-        return self._all_keys(self._paths())
-
-    def holds(self, texts: Sequence[str]) -> np.ndarray:
-        """Which texts a complete shard holds, published or not: bool [n]."""
-        return _find(self.stored_keys(), _keys_of(texts))[1]
+        Of shards that are not published the keys are read, once for this object, and kept (16 bytes a text).
+        """
+        shards = self.shards()
+        index, published = self._published(shards)
+        unpublished = {name: status for name, status in shards.items() if name not in published}
+        keys = self._seen.keys_of(self.folder, self.spec, unpublished)
+        found = [np.empty(0, bool)]
+        for chunk in chunks(texts):
+            asked = keys_of(chunk)
+            found.append(keys.holds(asked) | (index.find(asked)[1] if index else False))
+        return np.concatenate(found)
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The unique texts that no complete shard holds, in the order given."""
@@ -145,74 +98,126 @@ class Store:
         return [text for text, is_there in zip(unique, self.holds(unique), strict=True) if not is_there]
 
     def is_complete(self, texts: Iterable[str]) -> bool:
-        """Whether the manifest is there, its shards are whole and they hold every text."""
-        paths = self._manifest_paths()
-        return paths is not None and bool(_find(self._all_keys(paths), _keys_of(texts))[1].all())
+        """Whether every text is published, in shards that are all there; a few texts are in memory at a time."""
+        index, _ = self._published(self.shards())
+        return index is not None and all(index.find(keys_of(chunk))[1].all() for chunk in chunks(texts))
 
-    def write_shard(self, texts: list[str], vectors: np.ndarray) -> Path:
-        """Add the vectors [k, d] of k texts; safe to repeat and to race."""
-        assert vectors.shape == (len(texts), self.spec.hidden_size) and texts, vectors.shape
-        keys = _keys_of(texts)
-        width = self.spec.hidden_size
-        values = pa.array(np.ascontiguousarray(vectors, self.spec.dtype).ravel())
-        columns = {
-            "key": pa.array([key.tobytes() for key in keys], pa.binary(16)),
-            "vector": pa.FixedSizeListArray.from_arrays(values, width),
-        }
-        table = pa.table(columns).replace_schema_metadata({"flipkd": json.dumps(asdict(self.spec))})
-        name = hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
-        path = self.folder / f"{self.spec.key}-{name}.parquet"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Neither dictionaries nor compression gain anything on vectors.
-        options = dict(use_dictionary=False, compression="none", write_statistics=False, write_page_checksum=True)
-        _write_durably(path, lambda file: pq.write_table(table, file, **options))
-        return path
-
-    def publish(self) -> None:
-        """Declare every complete shard part of the store; what killed writers left behind is removed."""
-        keys, shards = [np.empty(0, KEY)], []
-        for path, shard_keys, _ in self._shards(self._paths()):
-            keys.append(shard_keys)
-            shards.append({"name": path.name, "bytes": path.stat().st_size, "rows": len(shard_keys)})
-        num_vectors = len(np.unique(np.concatenate(keys)))
-        manifest = {"spec": asdict(self.spec), "num_vectors": num_vectors, "shards": shards}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(manifest, indent=1) + "\n"
-        _write_durably(self.folder / MANIFEST, lambda file: file.write(text.encode()))
-        for draft in self.folder.glob(f"{self.spec.key}-*.tmp"):
-            draft.unlink(missing_ok=True)
-
-    def open(self) -> "StoreReader":
-        """A reader of what `publish` declared."""
-        shards = list(self._shards(self._manifest_paths() or []))
-        keys = np.concatenate([np.empty(0, KEY), *(keys for _, keys, _ in shards)])
-        empty = np.empty((0, self.spec.hidden_size), self.spec.dtype)
-        unique, first = np.unique(keys, return_index=True)
-        return StoreReader(self, unique, np.concatenate([empty, *(vectors for *_, vectors in shards)])[first])
-
-
-class StoreReader:
-    """Vectors by text, read-only."""
-
-    def __init__(self, store: Store, keys: np.ndarray, array: np.ndarray):
-        self.store, self.keys, self.array = store, keys, array
-
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """The row of each text in the array, int64 [n].
+    def write_shard(self, texts: Sequence[str], vectors: np.ndarray) -> Path:
+        """Add the vectors [k, d] of k texts; safe to repeat and to race.
 
         Raises:
-            KeyError: the store is not complete for these texts (an error of ours: scoring comes first).
+            UserError: a vector is not finite, or not of length 1 in a store of unit vectors; the disk is full.
         """
-        rows, found = _find(self.keys, _keys_of(texts))
-        if not found.all():
-            first = texts[int(np.argmin(found))]
-            raise KeyError(f"{self.store.folder} lacks {np.sum(~found)} of {len(texts)} texts, the first is {first!r}")
-        return rows
+        assert vectors.shape == (len(texts), self.spec.hidden_size) and len(texts), vectors.shape
+        if (wrong := first_misfit(np.asarray(vectors), self.spec)) is not None:
+            what = "a vector of length 1" if self.spec.are_unit else "finite numbers"
+            raise UserError(
+                f"teacher: does not give {what} for {texts[wrong]!r}: take another teacher or mend its files"
+            )
+        stored = np.ascontiguousarray(vectors, self.spec.numbers)
+        return write_shard(self.folder, self.spec, Shard.of(keys_of(texts), stored))
 
-    def at(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of rows, float32 [n, d]."""
-        return self.array[rows].astype(np.float32)
+    def publish(self, rebuild: bool = False) -> None:
+        """Give readers every complete shard; does nothing where they have it (unless `rebuild`).
 
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """The vectors of texts, float32 [n, d] in the order given."""
-        return self.at(self.rows(texts))
+        A shard that cannot be read is set aside with a warning: its texts count as missing from then on. One shard is
+        in memory at a time, and some 36 bytes a text while the keys are sorted.
+
+        Raises:
+            UserError: the disk is full; what was published stays.
+        """
+        with one_at_a_time(self.folder):
+            shards = self.shards()
+            index, published = self._published(shards)
+            if rebuild or index is None or published != set(shards):
+                self.publish_only(list(shards))
+            self._sweep()
+
+    def publish_only(self, names: list[str]) -> None:
+        """Give readers these shards and no others; the caller keeps other publishers away (`one_at_a_time`)."""
+        listed: list[dict] = []
+        words = padded(np.empty((0, self.spec.hidden_size), self.spec.numbers)).shape[1]
+        index = write_index(self.folder, self.spec.key, words, self._parts(names, listed))
+        try:
+            entries = read_entries(self.folder)
+        except UserError as error:
+            logger.warning("teacher store: %s (written anew)", error)
+            entries = {}
+        try:
+            write_entries(self.folder, entries | {self.spec.key: new_entry(self.spec, listed, index)})
+        except BaseException:
+            for path in index_paths(self.folder, self.spec.key, index["id"]):
+                path.unlink(missing_ok=True)
+            raise
+
+    def _parts(self, names: list[str], listed: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(keys, rows, checksums) of those shards that can be read, which are noted in `listed`."""
+        for name in tqdm(names, desc="index", unit=" shards", delay=2):
+            path = self.folder / name
+            try:
+                shard = read_shard(path, self.spec)
+            except DamagedShard as error:
+                set_aside(path, error)
+                continue
+            listed.append({"name": name, "bytes": path.stat().st_size, "rows": len(shard.keys)})
+            yield shard.keys, padded(shard.vectors), shard.checksums
+
+    def _sweep(self) -> None:
+        """Remove what killed writers left and what the manifest no longer names; open readers keep what they have."""
+        sweep([*self.folder.glob(f"{self.spec.key}-*.tmp"), *self.folder.glob(f"{MANIFEST}.*.tmp")])
+        entry = self.entry()
+        named = index_paths(self.folder, self.spec.key, entry["index"]["id"]) if entry else []
+        for suffix in SUFFIXES:
+            for path in self.folder.glob(f"{self.spec.key}-*.{suffix}"):
+                if path not in named:
+                    path.unlink(missing_ok=True)
+
+    def open(self) -> StoreReader:
+        """A reader of what `publish` declared: maps two files, reads none of them.
+
+        Raises:
+            UserError: nothing is published for this teacher; the manifest or the index is damaged.
+        """
+        entry = self.entry()
+        while entry is not None:
+            try:
+                return StoreReader(self.folder, self.spec, Index(self.folder, self.spec.key, entry["index"]))
+            except UserError:
+                before, entry = entry, self.entry()
+                if entry == before:  # else it was published anew while we looked
+                    raise
+        raise UserError(f"{self.folder}: no vectors of this teacher are published there: run `flipkd score` first")
+
+
+class _Seen:
+    """What a Store remembers between calls: the keys of shards that are not published."""
+
+    def __init__(self) -> None:
+        self.read: Listing = {}
+        self.keys = KeySet()
+
+    def keys_of(self, folder: Path, spec: StoreSpec, shards: Listing) -> KeySet:
+        """The keys of these shards; only what is new among them is read."""
+        if not self.read.items() <= shards.items():  # one is gone, changed or published
+            self.read, self.keys = {}, KeySet()
+        new = [np.empty((0, 2), WORD)]
+        for name in shards.keys() - self.read.keys():
+            try:
+                new.append(read_keys(folder / name, spec))
+            except DamagedShard as error:
+                _warn(folder / name, error)
+        self.read = shards
+        if sum(map(len, new)):
+            self.keys.add(np.concatenate(new))
+        return self.keys
+
+
+def _warn(path: Path, error: Exception) -> None:
+    logger.warning("teacher store: %s cannot be used (%s): its texts count as missing", path, error)
+
+
+def set_aside(path: Path, error: Exception) -> None:
+    """Rename a shard that cannot be used, so that its texts are scored again."""
+    if path.exists():  # else another process merged it
+        _warn(path, error)
+        path.replace(path.with_name(f"{path.name}.damaged"))

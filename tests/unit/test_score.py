@@ -31,7 +31,7 @@ MANY = [f"{'x' * (number % 7)}{number}" for number in range(40)]
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path, StoreSpec("f" * 32, "mean", 128, hidden_size=2))
+    return Store(tmp_path, StoreSpec("f" * 32, "mean", 128, hidden_size=2, dtype="float32"))
 
 
 def score_with(teacher, store, texts=MANY, **options):
@@ -99,7 +99,7 @@ def test_a_truncated_shard_is_scored_again(store, caplog):
 
 def test_another_teacher_scores_everything_anew(store):
     score_with(CountingTeacher(), store)
-    other = Store(store.folder, StoreSpec("0" * 32, "mean", 128, hidden_size=2))
+    other = Store(store.folder, StoreSpec("0" * 32, "mean", 128, hidden_size=2, dtype="float32"))
     teacher = CountingTeacher(value=2.0)
     assert score_with(teacher, other).num_new == 40
     assert set(other.open().vectors(MANY)[:, 1]) == {2.0}
@@ -148,4 +148,4 @@ def test_with_a_real_encoder(tmp_path):
     teacher = Teacher(folder, "mean", 32)
     store = Store(tmp_path / "teacher", StoreSpec(fingerprint(folder), "mean", 32, teacher.hidden_size))
     score_with(teacher, store, TEXTS, num_workers=2)
-    assert np.abs(store.open().vectors(TEXTS) - teacher.encode(TEXTS, 64)).max() < 1e-5
+    assert np.abs(store.open().vectors(TEXTS) - teacher.encode(TEXTS, 64)).max() < 5e-4  # float16

@@ -1,0 +1,86 @@
+"""Files that are whole or not there whenever the machine stops; a full disk said in one line."""
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from flipkd_dist.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Turn a full disk or an exhausted quota into a UserError that names the folder and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        raise UserError(
+            f"{folder}: no space left ({free:,.0f} MiB free; a quota may allow less): make room or choose another "
+            "output_dir; what is complete stays, run again to go on"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were given or taken away last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name once it is complete and on the disk; nothing stays of one that failed.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # two writers of one file never share a draft
+    with room_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as file:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sweep(drafts: Iterable[Path]) -> None:
+    """Remove the drafts of killed writers; one that is being written is locked and stays."""
+    for draft in drafts:
+        with suppress(OSError):
+            with draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until nobody else holds this folder; on a file system without locks nothing is waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
