@@ -3,15 +3,17 @@
 Shapes: N pairs of the table, m and n pairs asked about.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from flipkd_dist.config import DataConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_fields import label_of, name_of, text_of
+from flipkd_dist.pair_fields import Record, label_of, name_of, text_of
 from flipkd_dist.pair_files import file_format, place, read_records
 
 
@@ -67,6 +69,24 @@ class _Codes(dict):
         return code
 
 
+class PairRecord(NamedTuple):
+    """A labelled pair as its file gives it; "" where an optional name is absent."""
+
+    text_a: str
+    text_b: str
+    label: int
+    group_a: str
+    group_b: str
+    id: str
+    kind: str
+
+
+class Places(Protocol):
+    """Where each id was first seen; a dict is one."""
+
+    def setdefault(self, name: str, place: int) -> int: ...
+
+
 def read_pairs(paths: str | Path | list[str] | None, data: DataConfig, key: str) -> PairTable:
     """Read labelled pairs from a file, several files or a hub split `org/name:split`.
 
@@ -77,42 +97,67 @@ def read_pairs(paths: str | Path | list[str] | None, data: DataConfig, key: str)
     Raises:
         UserError: anything wrong with the files, with the line at fault.
     """
+    texts, groups = _Codes(), _Codes()
+    pairs: list[tuple[int, int, int, int, int]] = []
+    ids, kinds = [], []
+    for pair in stream_pairs(paths, data, key, {}):
+        codes = [groups[group] if group else -1 for group in (pair.group_a, pair.group_b)]
+        pairs.append((texts[pair.text_a], texts[pair.text_b], pair.label, *codes))
+        ids.append(pair.id)
+        kinds.append(pair.kind)
+    columns = np.array(pairs, dtype=np.int64).T.copy()
+    return PairTable(list(texts), *columns[:3], ids, kinds, *columns[3:])
+
+
+def stream_pairs(
+    paths: str | Path | list[str] | None, data: DataConfig, key: str, places: Places
+) -> Iterator[PairRecord]:
+    """The records that `read_pairs` makes its table of, each checked, one in memory at a time.
+
+    Args:
+        places: empty; it learns where each id stands.
+    """
     try:
-        return _read([paths] if isinstance(paths, str | Path) else list(paths or []), data)
+        yield from _stream([paths] if isinstance(paths, str | Path) else list(paths or []), data, places)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
 
-def _read(paths: list[str | Path], data: DataConfig) -> PairTable:
+def _stream(paths: list[str | Path], data: DataConfig, places: Places) -> Iterator[PairRecord]:
     if not all(paths) or not paths:
         raise UserError("no pairs are given: set it to a file, a list of files or a hub id org/name:split")
     if data.text_a == data.text_b:
         raise UserError(f"data.text_a and data.text_b both name the column {data.text_a}: name two columns")
-    texts, groups = _Codes(), _Codes()
-    pairs: list[tuple[int, int, int, int, int]] = []
-    places: dict[str, tuple[str | Path, int, str]] = {}  # of each id
-    kinds: list[str] = []
+    formats: list[str] = []
     for path, prefix in zip(paths, _id_prefixes(paths), strict=True):
-        format, before = file_format(path, data.format), len(pairs)
-        for number, record in read_records(path, format):
+        formats.append(file_format(path, data.format))
+        number = None
+        for number, record in read_records(path, formats[-1]):
             try:
-                text_a = text_of(record, data.text_a, "data.text_a")
-                text_b = text_of(record, data.text_b, "data.text_b")
-                label = label_of(record, data.label, "data.label")
-                group_a, group_b = name_of(record, "group_a"), name_of(record, "group_b")
-                pair_id = name_of(record, "id") or f"{prefix}:{number}"
-                if pair_id in places:
-                    raise UserError(f"id {pair_id!r} stands at {place(*places[pair_id])} too: make ids unique")
-                places[pair_id] = (path, number, format)
-                kinds.append(name_of(record, "kind"))
+                pair = _pair_record(record, data, f"{prefix}:{number}")
+                here = number * len(paths) + len(formats) - 1  # line and file as one number
+                before = places.setdefault(pair.id, here)
+                if before != here:
+                    line, file = divmod(before, len(paths))
+                    there = place(paths[file], line, formats[file])
+                    raise UserError(f"id {pair.id!r} stands at {there} too: make ids unique")
             except UserError as error:
-                raise UserError(f"{place(path, number, format)}: {error}") from None
-            codes = [groups[group] if group else -1 for group in (group_a, group_b)]
-            pairs.append((texts[text_a], texts[text_b], label, *codes))
-        if len(pairs) == before:
+                raise UserError(f"{place(path, number, formats[-1])}: {error}") from None
+            yield pair
+        if number is None:
             raise UserError(f"{path}: no pairs in it: add some or name another file")
-    columns = np.array(pairs, dtype=np.int64).T.copy()
-    return PairTable(list(texts), *columns[:3], list(places), kinds, *columns[3:])
+
+
+def _pair_record(record: Record, data: DataConfig, default_id: str) -> PairRecord:
+    return PairRecord(
+        text_of(record, data.text_a, "data.text_a"),
+        text_of(record, data.text_b, "data.text_b"),
+        label_of(record, data.label, "data.label"),
+        name_of(record, "group_a"),
+        name_of(record, "group_b"),
+        name_of(record, "id") or default_id,
+        name_of(record, "kind"),
+    )
 
 
 def _id_prefixes(paths: list[str | Path]) -> list[str]:
