@@ -9,15 +9,7 @@ from tiny_teacher import TEXTS, save_tiny_teacher
 from flipkd_dist import score as score_module
 from flipkd_dist import text_stream
 from flipkd_dist.model_files import fingerprint
-from flipkd_dist.score import (
-    FilterShares,
-    filter_shares,
-    report,
-    score,
-    score_shards_here,
-    suggested_threshold,
-    survey,
-)
+from flipkd_dist.score import FilterShares, filter_shares, report, score, score_shards_here, suggested_threshold, survey
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.teacher import Teacher
 
