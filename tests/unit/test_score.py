@@ -9,7 +9,16 @@ from tiny_teacher import TEXTS, save_tiny_teacher
 from flipkd_dist import score as score_module
 from flipkd_dist import text_stream
 from flipkd_dist.model_files import fingerprint
-from flipkd_dist.score import FilterShares, filter_shares, report, score, score_shards_here, suggested_threshold, survey
+from flipkd_dist.score import (
+    FilterShares,
+    filter_shares,
+    report,
+    score,
+    score_shard,
+    score_shards_here,
+    suggested_threshold,
+    survey,
+)
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.teacher import Teacher
 
@@ -117,20 +126,28 @@ def files(store):
     return {path.name: path.read_bytes() for path in store.folder.glob("*.parquet")}
 
 
-@pytest.mark.parametrize("fails_after", [0, 5, 25, 35])
-def test_a_rerun_after_a_kill_makes_the_very_same_files(store, small_shards, tmp_path, fails_after):
+@pytest.mark.parametrize("done", [(), (0,), (1, 3), (0, 2, 5), (3, 6)])
+def test_a_rerun_after_a_kill_makes_the_very_same_files(store, small_shards, tmp_path, done):
+    """Workers finish in any order: shards `done` were complete when everything was killed."""
+
+    def killed(shards):
+        for number, shard in enumerate(shards):
+            if number in done:
+                yield score_shard(CountingTeacher(), store, 64, shard)
+        raise KeyboardInterrupt
+
     undisturbed = Store(tmp_path / "undisturbed", store.spec)
     for folder in (undisturbed, store):  # some texts were there before: shards without them
         score_with(CountingTeacher(), folder, MANY[3:30:7])
     score_with(CountingTeacher(), undisturbed)
     with pytest.raises(KeyboardInterrupt):
-        score_with(CountingTeacher(fails_after=fails_after), store)
-    assert len(files(store)) < len(files(undisturbed))
+        score(MANY, store, killed)
+    assert len(files(store)) == 1 + len(done) < len(files(undisturbed))
     score_with(CountingTeacher(), store)
     assert files(store) == files(undisturbed)
 
 
-def test_workers_end_when_scoring_fails(store, small_shards):
+def test_workers_end_when_scoring_is_interrupted(store, small_shards, monkeypatch):
     ended = []
 
     def mapper(shards):
@@ -140,12 +157,15 @@ def test_workers_end_when_scoring_fails(store, small_shards):
         finally:
             ended.append(True)
 
-    def interrupted():
-        yield from MANY[:30]
-        raise KeyboardInterrupt
+    class Bar(score_module.tqdm):
+        def update(self, n=1):
+            if n:
+                raise KeyboardInterrupt
 
+    monkeypatch.setattr(score_module, "tqdm", Bar)
+    workers = []
     with pytest.raises(KeyboardInterrupt):
-        score(interrupted(), store, mapper)
+        score(MANY, store, lambda shards: workers.append(mapper(shards)) or workers[0])
     assert ended == [True]
 
 
