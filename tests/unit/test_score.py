@@ -50,9 +50,9 @@ def score_with(teacher, store, texts=MANY, **options):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Shards of 5 texts, windows of 20."""
-    monkeypatch.setattr(text_stream, "MULTIPLE", 5)
-    monkeypatch.setattr(text_stream, "LARGEST", 5)
+    """Windows of 20 texts in 4 shards."""
+    monkeypatch.setattr(text_stream, "MULTIPLE", 1)
+    monkeypatch.setattr(text_stream, "SHARDS_PER_WINDOW", 4)
     monkeypatch.setattr(text_stream, "WINDOW", 20)
 
 
@@ -142,7 +142,7 @@ def test_a_rerun_after_a_kill_makes_the_very_same_files(store, small_shards, tmp
     score_with(CountingTeacher(), undisturbed)
     with pytest.raises(KeyboardInterrupt):
         score(MANY, store, killed)
-    assert len(files(store)) == 1 + len(done) < len(files(undisturbed))
+    assert len(files(store)) == 4 + len(done) < len(files(undisturbed))
     score_with(CountingTeacher(), store)
     assert files(store) == files(undisturbed)
 
