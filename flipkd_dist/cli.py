@@ -55,7 +55,10 @@ def run(config: Path, overrides: tuple[str, ...]) -> None:
 @configured
 def score(config: Path, overrides: tuple[str, ...]) -> None:
     """Fill the teacher's store with the vector of every text of train, validation and test."""
-    _pipeline(config, overrides).score()
+    loaded = load_config(config, overrides)
+    from flipkd_dist.pipeline import score_files
+
+    score_files(loaded)
 
 
 @cli.command()

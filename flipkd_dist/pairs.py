@@ -3,15 +3,17 @@
 Shapes: N pairs of the table, m and n pairs asked about.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from flipkd_dist.config import DataConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_formats import Place, pair_id, pair_records
+from flipkd_dist.pair_formats import pair_id, pair_records
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,24 @@ class _Codes(dict):
         return code
 
 
+class PairRecord(NamedTuple):
+    """A labelled pair as its file gives it; "" where an optional name is absent."""
+
+    text_a: str
+    text_b: str
+    label: int
+    group_a: str
+    group_b: str
+    id: str
+    kind: str
+
+
+class Places(Protocol):
+    """Where each id was first seen; a dict is one."""
+
+    def setdefault(self, name: str, place: str) -> str: ...
+
+
 def read_pairs(paths: str | Path | list[str] | None, data: DataConfig, key: str) -> PairTable:
     """Read labelled pairs from a file, several files or a hub split `org/name:split`.
 
@@ -76,37 +96,54 @@ def read_pairs(paths: str | Path | list[str] | None, data: DataConfig, key: str)
     Raises:
         UserError: anything wrong with the files, with the line at fault.
     """
+    texts, groups = _Codes(), _Codes()
+    pairs: list[tuple[int, int, int, int, int]] = []
+    ids, kinds = [], []
+    for pair in stream_pairs(paths, data, key, {}):
+        codes = [groups[group] if group else -1 for group in (pair.group_a, pair.group_b)]
+        pairs.append((texts[pair.text_a], texts[pair.text_b], pair.label, *codes))
+        ids.append(pair.id)
+        kinds.append(pair.kind)
+    columns = np.array(pairs, dtype=np.int64).T.copy()
+    return PairTable(list(texts), *columns[:3], ids, kinds, *columns[3:])
+
+
+def stream_pairs(
+    paths: str | Path | list[str] | None, data: DataConfig, key: str, places: Places
+) -> Iterator[PairRecord]:
+    """The records that `read_pairs` makes its table of, each checked, one in memory at a time.
+
+    Args:
+        places: empty; it learns where each id stands.
+    """
     try:
-        return _read([paths] if isinstance(paths, str | Path) else list(paths or []), data)
+        yield from _stream([paths] if isinstance(paths, str | Path) else list(paths or []), data, places)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
 
-def _read(paths: list[str | Path], data: DataConfig) -> PairTable:
+def _stream(paths: list[str | Path], data: DataConfig, places: Places) -> Iterator[PairRecord]:
     if not all(paths) or not paths:
         raise UserError("no pairs are given: set it to a file, a list of files or a hub id org/name:split")
     if data.text_a == data.text_b:
         raise UserError(f"data.text_a and data.text_b both name the column {data.text_a}: name two columns")
-    texts, groups = _Codes(), _Codes()
-    pairs: list[tuple[int, int, int, int, int]] = []
-    places: dict[str, Place] = {}  # of each id
-    kinds: list[str] = []
     for path, prefix in zip(paths, _id_prefixes(paths), strict=True):
-        before = len(pairs)
+        number = None
         for number, record, where in pair_records(path, data):
-            name = pair_id(record, number, prefix)
-            if name in places and not record.get("id"):  # the same two texts judged twice: the number tells them apart
+            name, here = pair_id(record, number, prefix), f"{number}\t{where}"
+            before = places.setdefault(name, here)
+            if before != here and not record.get("id"):  # the same two texts judged twice: the number tells them apart
                 name = f"{name}@{number}"
-            if name in places:
-                raise UserError(f"{where}: id {name!r} stands at {places[name]} too: make ids unique")
-            places[name] = where
-            kinds.append(record.get("kind", ""))
-            codes = [groups[record[key]] if key in record else -1 for key in ("group_a", "group_b")]
-            pairs.append((texts[record["text_a"]], texts[record["text_b"]], record["label"], *codes))
-        if len(pairs) == before:
+                before = places.setdefault(name, here)
+            if before != here:
+                there = before.partition("\t")[2]
+                raise UserError(f"{where}: id {name!r} stands at {there} too: make ids unique")
+            optional = (record.get(key, "") for key in ("group_a", "group_b"))
+            yield PairRecord(
+                record["text_a"], record["text_b"], record["label"], *optional, name, record.get("kind", "")
+            )
+        if number is None:
             raise UserError(f"{path}: no pairs in it: add some or name another file")
-    columns = np.array(pairs, dtype=np.int64).T.copy()
-    return PairTable(list(texts), *columns[:3], list(places), kinds, *columns[3:])
 
 
 def _id_prefixes(paths: list[str | Path]) -> list[str]:

@@ -5,29 +5,26 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from flipkd_dist.beir_folder import is_beir_folder
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
-from flipkd_dist.evaluate import format_table, pair_texts, teacher_scores
-from flipkd_dist.filter_shares import filter_shares
-from flipkd_dist.noise_report import report
+from flipkd_dist.evaluate import format_table, pair_texts
+from flipkd_dist.pair_stream import PairStream
 from flipkd_dist.preflight import Inputs, check_inputs
-from flipkd_dist.ray_launch import join_or_start_ray, map_on_actors, run_workers
+from flipkd_dist.ray_launch import join_or_start_ray, run_workers
+from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
-from flipkd_dist.run_folder import digest, read_json, write_json
-from flipkd_dist.score import score
+from flipkd_dist.run_folder import RunFolder, digest, read_json, write_json
+from flipkd_dist.score import survey
+from flipkd_dist.score_stage import Job, cosines, facts_of, fill_stores, similarities, tell
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
-NUM_OFF_DIAGONAL = 100_000  # sampled pairs of first and second texts, to see what the filter keeps
 NUM_EXAMPLES = 5  # pairs kept with the registered model
 
 
@@ -82,22 +79,16 @@ class Pipeline:
     def score(self) -> None:
         start = time.monotonic()
         inputs, train = self.inputs, self.inputs.splits["train"]
-        score(inputs.texts, inputs.store, partial(map_on_actors, inputs), self.config.teacher.num_workers)
-        vectors = inputs.store.open().vectors(train.texts)
-        generator = np.random.default_rng(self.config.seed)
-        rows, columns = generator.integers(len(train), size=(2, NUM_OFF_DIAGONAL))
-        rows, columns = rows[rows != columns], columns[rows != columns]
-        off_diagonal = np.einsum("nd,nd->n", vectors[train.text_a[rows]], vectors[train.text_b[columns]])
-        similarity = teacher_scores(train, vectors)
-        for line in report(similarity, train.label, off_diagonal, self.config.loss.threshold):
-            logger.info(line)
-        kept = filter_shares(similarity, train.label, off_diagonal, self.config.loss.threshold)
-        if self.config.loss.mcl_weight > 0 and not kept.off_diagonal:
-            raise UserError(
-                f"loss.threshold: {self.config.loss.threshold} keeps no off-diagonal negative of this teacher, so that "
-                "L_MCL would learn nothing: lower it or set loss.mcl_weight to 0"
+        fill_stores(self.config, [Job(inputs.teacher, inputs.store, lambda: inputs.texts, len(inputs.texts))])
+        pairs = (
+            (train.texts[a], train.texts[b], label, name)
+            for a, b, label, name in zip(
+                train.text_a.tolist(), train.text_b.tolist(), train.label.tolist(), train.ids, strict=True
             )
-        self._say("score", start)
+        )
+        found = similarities(pairs, len(train), cosines(inputs.store.open()), self.config.seed)
+        tell(self.config, found, facts_of(self.config, inputs.store, len(inputs.texts)), self.folder.report)
+        _say("score", start)
 
     def train(self, then_evaluate: bool = False) -> None:
         """Train unless the adapter is complete; evaluation in the same workers saves their start."""
@@ -109,6 +100,7 @@ class Pipeline:
             stages.append("evaluate")
         if not stages:
             return
+        check_reached(self.folder.teacher)
         run_id = self.mlflow_run() if "train" in stages else None
         tracker = RunLogger(tracking_uri(self.config), run_id)
         tracker.reopen()
@@ -119,7 +111,7 @@ class Pipeline:
             tracker.finish()
         if "evaluate" in stages:
             self._report_evaluation()
-        self._say(" and ".join(stages), start)
+        _say(" and ".join(stages), start)
         if stop.signalled:  # too late for a step of training
             raise StoppedOnRequest("stopped on request: run the same command again to go on")
 
@@ -135,9 +127,10 @@ class Pipeline:
         self.folder.require_adapter()
         start = time.monotonic()
         if not self.complete("evaluate", self.evaluated):
+            check_reached(self.folder.teacher)
             run_workers(self.config, ["evaluate"], None)
             self._report_evaluation()
-            self._say("evaluate", start)
+            _say("evaluate", start)
         print(self.table())
 
     def register(self) -> None:
@@ -155,7 +148,7 @@ class Pipeline:
             )
         register(self.config, run_id, self.folder.adapter, pair_texts(pairs)[:NUM_EXAMPLES])
         self.folder.mark_done("register", inputs)
-        self._say("register", start)
+        _say("register", start)
 
     def run(self) -> None:
         self.score()
@@ -207,8 +200,33 @@ class Pipeline:
             return True
         return False
 
-    def _say(self, stage: str, start: float) -> None:
-        logger.info("%s: done in %.0f s", stage, time.monotonic() - start)
+
+def score_files(config: RunConfig) -> None:
+    """Fill the teacher's store as `Pipeline.score` does, without ever holding the pairs: for any number of them.
+
+    Raises:
+        UserError: before anything is started or written, the first mistake in the configuration or in any record.
+    """
+    config = absolute_paths(config)
+    folder = RunFolder(config)
+    if folder.checkpoints.exists() or folder.adapter.exists():  # whose data must be the same, so they fit
+        Pipeline(config).score()
+        return
+    start, inputs, pairs = time.monotonic(), check_inputs(config, splits=()), PairStream(config.data)
+    num_texts, is_complete = survey(pairs.texts(check_ids=True), inputs.store)
+    if not is_complete:
+        inputs.teacher.load()  # completely, or it says why not
+        join_or_start_ray(config)
+    folder.open()
+    fill_stores(config, [Job(inputs.teacher, inputs.store, pairs.texts, num_texts)])
+    labelled = ((pair.text_a, pair.text_b, pair.label, pair.id) for pair in pairs.pairs("train"))
+    found = similarities(labelled, pairs.num_pairs["train"], cosines(inputs.store.open()), config.seed)
+    tell(config, found, facts_of(config, inputs.store, num_texts), folder.report)
+    _say("score", start)
+
+
+def _say(stage: str, start: float) -> None:
+    logger.info("%s: done in %.0f s", stage, time.monotonic() - start)
 
 
 @contextmanager

@@ -1,17 +1,14 @@
-"""Ray: the pool of teacher actors and the training workers. The only module that imports ray, inside its functions."""
+"""Ray: a cluster joined or started, and the training workers on it. Imports ray inside its functions."""
 
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.errors import StoppedOnRequest, UserError
-from flipkd_dist.preflight import Inputs
+from flipkd_dist.ray_pool import autoscales
 from flipkd_dist.run_folder import RunFolder, write_whole
-from flipkd_dist.score import score_shard
-from flipkd_dist.teacher_source import TeacherSource
 
 logger = logging.getLogger("flipkd_dist")
 
@@ -38,7 +35,7 @@ def join_or_start_ray(config: RunConfig) -> None:
     have = ray.cluster_resources()
     for resource, amount in need.items():
         wanted, there = amount * config.distributed.num_workers, have.get(resource, 0.0)
-        if wanted > there and not _autoscales():
+        if wanted > there and not autoscales():
             raise UserError(
                 f"distributed.num_workers: {config.distributed.num_workers} workers need {wanted:g} {resource}, "
                 f"the Ray cluster has {there:g}: lower num_workers or add nodes"
@@ -50,13 +47,6 @@ def stop_ray() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _autoscales() -> bool:
-    """Whether the joined cluster was started with a cluster configuration that can add nodes."""
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    return bool(_internal_kv_get("__autoscaling_config")) or "RAY_CLOUD_INSTANCE_ID" in os.environ
 
 
 def uses_gpu(config: RunConfig) -> bool:
@@ -73,29 +63,6 @@ def worker_resources(config: RunConfig) -> dict[str, float]:
     if resources.get("GPU", 0) > 1:
         raise UserError("distributed.resources_per_worker: a worker drives one GPU: set GPU to 1 and raise num_workers")
     return resources
-
-
-def map_on_actors(inputs: Inputs, shards: list[list[str]]) -> Iterator[int]:
-    """Score shards on a pool of teacher actors; a killed actor is restarted and its shard repeated."""
-    import ray
-    from ray.util import ActorPool
-
-    teacher = inputs.config.teacher
-
-    @ray.remote(num_cpus=1, max_restarts=3, max_task_retries=2)
-    class Scorer:
-        def __init__(self, source: TeacherSource, store):
-            self.teacher, self.store = source.load(), store
-
-        def score(self, shard: list[str]) -> int:
-            return score_shard(self.teacher, self.store, teacher.batch_size, shard)
-
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    count = max(1, min(teacher.num_workers, cpus, len(shards)))
-    actors = [Scorer.remote(inputs.teacher, inputs.store) for _ in range(count)]
-    yield from ActorPool(actors).map_unordered(lambda actor, shard: actor.score.remote(shard), shards)
-    for actor in actors:
-        ray.kill(actor)
 
 
 def _worker(work: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ class RunFolder:
         self.config, self.path = config, config.run_dir
         self.teacher, self.adapter, self.checkpoints = (self.path / p for p in ("teacher", "adapter", "checkpoints"))
         self.metrics, self.metric_log = self.path / "metrics.json", self.path / "metrics.jsonl"
+        self.report = self.teacher / "report.html"
         self.stop = self.path / "stop"  # asks a training to stop after its current step
 
     def check(self) -> None:

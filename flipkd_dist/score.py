@@ -2,24 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from math import ceil
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from flipkd_dist.store import Store
-
-if TYPE_CHECKING:
-    from flipkd_dist.teacher import Teacher
+from flipkd_dist.teacher_source import Encoder
+from flipkd_dist.text_stream import shards, windows
 
 logger = logging.getLogger("flipkd_dist")
 
-# Shards of texts in, the number of texts of each shard out as it completes; it encodes and writes them.
-MapShards = Callable[[list[list[str]]], Iterator[int]]
-
-SHARDS_PER_WORKER = 4  # at least, so that no worker waits long for the last one
+# Shards of texts in, the number of texts of each shard out as it completes; it encodes and writes them, and takes the
+# next shard only when a worker is about to need it.
+MapShards = Callable[[Iterator[list[str]]], Generator[int]]
 
 
 @dataclass(frozen=True)
@@ -29,43 +26,74 @@ class ScoreSummary:
     seconds: float
 
 
-def score_shard(teacher: "Teacher", store: Store, batch_size: int, texts: list[str]) -> int:
+def score_shard(teacher: Encoder, store: Store, batch_size: int, texts: list[str]) -> int:
     """Encode and store one shard; returns its number of texts. This is all that a worker does."""
     store.write_shard(texts, teacher.encode(texts, batch_size))
     return len(texts)
 
 
-def score_shards_here(teacher: "Teacher", store: Store, batch_size: int = 64) -> MapShards:
+def score_shards_here(teacher: Encoder, store: Store, batch_size: int = 64) -> MapShards:
     """The mapper that needs no workers: one shard after the other in this process."""
     return lambda shards: (score_shard(teacher, store, batch_size, shard) for shard in shards)
 
 
+def survey(texts: Iterable[str], store: Store) -> tuple[int, bool]:
+    """(how many unique texts, whether the store is complete for them); reads the whole stream."""
+    num_texts, is_complete = 0, True
+    for window in windows(texts):
+        num_texts += len(window)
+        is_complete = is_complete and store.is_complete(window)
+    return num_texts, is_complete
+
+
 def score(
-    texts: Sequence[str], store: Store, map_shards: MapShards, num_workers: int = 1, shard_size: int = 2048
+    texts: Iterable[str], store: Store, map_shards: MapShards, total: int | None = None, name: str = "teacher"
 ) -> ScoreSummary:
     """Bring the store to the state where it holds every text; what is there already is not encoded again.
 
     Args:
-        map_shards: encodes and writes shards, in any order, on `num_workers` workers.
-        shard_size: texts of a shard at most; what a killed worker loses.
+        texts: of any number; a window of them is in memory at a time.
+        map_shards: encodes and writes shards, in any order.
+        total: how many unique texts there are, where that is known: the progress bar then says how long it takes.
+        name: of the store, for progress and messages.
     """
     start = time.monotonic()
-    unique = list(dict.fromkeys(texts))
-    if store.is_complete(unique):
-        logger.info("teacher store: all %d texts are there, nothing to do", len(unique))
-        return ScoreSummary(len(unique), 0, time.monotonic() - start)
-    # Longest first: the slow shards start early, and texts of a shard need little padding.
-    missing = sorted(store.missing(unique), key=len, reverse=True)
-    size = min(shard_size, max(1, ceil(len(missing) / (SHARDS_PER_WORKER * num_workers))))
-    shards = [missing[first : first + size] for first in range(0, len(missing), size)]
-    num_new = 0
-    if shards:
-        with tqdm(total=len(missing), desc="teacher", unit=" texts") as bar:
-            for num_done in map_shards(shards):
+    with tqdm(total=total, desc=name, unit=" texts") as bar:
+        missing = _Missing(texts, store, bar.update)
+        num_new = 0
+        with closing(map_shards(iter(missing))) as finished:  # whatever happens here, the workers end
+            for num_done in finished:
                 num_new += num_done
                 bar.update(num_done)
-    assert num_new == len(missing), f"{num_new} of {len(missing)} texts were scored"
-    store.publish()
+    assert num_new == missing.num_missing, f"{num_new} of {missing.num_missing} texts were scored"
+    if not missing.published:
+        store.publish()
     seconds = time.monotonic() - start
-    logger.info("teacher store: %d of %d texts are new, %.1f s", num_new, len(unique), seconds)
-    return ScoreSummary(len(unique), num_new, seconds)
+    if missing.published:
+        logger.info("%s store: all %d texts are there, nothing to do", name, missing.num_texts)
+    else:
+        logger.info("%s store: %d of %d texts are new, %.1f s", name, num_new, missing.num_texts, seconds)
+    return ScoreSummary(missing.num_texts, num_new, seconds)
+
+
+class _Missing:
+    """The shards of a stream without the texts that the store holds, and what was seen on the way."""
+
+    def __init__(self, texts: Iterable[str], store: Store, skip: Callable[[int], object]):
+        self.texts, self.store, self.skip = texts, store, skip
+        self.num_texts = self.num_missing = 0
+        self.published = True  # so far: every text is there, and readers see it
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for window in windows(self.texts):
+            self.num_texts += len(window)
+            if self.store.is_complete(window):
+                self.skip(len(window))
+                continue
+            self.published = False
+            held = dict(zip(window, self.store.holds(window).tolist(), strict=True))
+            self.skip(sum(held.values()))
+            for shard in shards(window):
+                if missing := [text for text in shard if not held[text]]:
+                    self.num_missing += len(missing)
+                    yield missing

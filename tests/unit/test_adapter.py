@@ -175,7 +175,7 @@ def test_cards_that_cannot_be_read(tmp_path):
     (tmp_path / "flipkd.json").write_text(json.dumps(whole))
     assert AdapterCard.read(tmp_path) == CARD
     (tmp_path / "flipkd.json").write_text(json.dumps({**whole, "format_version": 2}))
-    with pytest.raises(UserError, match="another version of flipkd_dist .format 2, here 1.: use that version"):
+    with pytest.raises(UserError, match="another version of flipkd_dist"):
         AdapterCard.read(tmp_path)
 
 

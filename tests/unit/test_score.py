@@ -7,8 +7,9 @@ import pytest
 from tiny_teacher import TEXTS, save_tiny_teacher
 
 from flipkd_dist import score as score_module
+from flipkd_dist import text_stream
 from flipkd_dist.model_files import fingerprint
-from flipkd_dist.score import score, score_shards_here
+from flipkd_dist.score import score, score_shard, score_shards_here, survey
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.teacher import Teacher
 
@@ -38,6 +39,14 @@ def score_with(teacher, store, texts=MANY, **options):
     return score(texts, store, score_shards_here(teacher, store), **options)
 
 
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Windows of 20 texts in 4 shards."""
+    monkeypatch.setattr(text_stream, "MULTIPLE", 1)
+    monkeypatch.setattr(text_stream, "SHARDS_PER_WINDOW", 4)
+    monkeypatch.setattr(text_stream, "WINDOW", 20)
+
+
 def test_every_unique_text_once(store):
     teacher = CountingTeacher()
     summary = score_with(teacher, store, MANY + MANY[:10])
@@ -50,11 +59,10 @@ def test_an_unchanged_rerun_does_nothing_and_says_so(store, caplog):
     score_with(CountingTeacher(), store)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in store.folder.iterdir()}
 
-    def never(shards):
-        raise AssertionError("nothing is missing")
-
+    teacher = CountingTeacher()
     with caplog.at_level(logging.INFO, "flipkd_dist"):
-        summary = score(MANY, store, never)
+        summary = score_with(teacher, store)
+    assert not teacher.encoded
     assert (summary.num_texts, summary.num_new) == (40, 0)
     assert "all 40 texts are there, nothing to do" in caplog.text
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in store.folder.iterdir()} == before
@@ -67,10 +75,10 @@ def test_new_texts_are_added_to_the_old(store):
     assert sorted(teacher.encoded) == sorted(MANY[30:]) and store.is_complete(MANY)
 
 
-def test_after_a_kill_only_the_missing_are_encoded(store):
+def test_after_a_kill_only_the_missing_are_encoded(store, small_shards):
     killed = CountingTeacher(fails_after=25)
     with pytest.raises(KeyboardInterrupt):
-        score_with(killed, store, shard_size=5)
+        score_with(killed, store)
     assert len(killed.encoded) == 25 and not store.is_complete(killed.encoded)  # no manifest yet
     (store.folder / f"{store.spec.key}-0123456789abcdef.parquet.0a1b2c3d.tmp").write_bytes(b"PAR1 half a shard")
     teacher = CountingTeacher()
@@ -88,8 +96,8 @@ def test_killed_before_the_manifest(store, monkeypatch):
     assert score_with(teacher, store).num_new == 0 and not teacher.encoded and store.is_complete(MANY)
 
 
-def test_a_truncated_shard_is_scored_again(store, caplog):
-    score_with(CountingTeacher(), store, shard_size=5)
+def test_a_truncated_shard_is_scored_again(store, small_shards, caplog):
+    score_with(CountingTeacher(), store)
     path = min(store.folder.glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:100])
     teacher = CountingTeacher()
@@ -105,32 +113,87 @@ def test_another_teacher_scores_everything_anew(store):
     assert set(other.open().vectors(MANY)[:, 1]) == {2.0}
 
 
-@pytest.mark.parametrize("workers, limit, sizes", [(1, 2048, [10] * 4), (2, 2048, [5] * 8), (2, 3, [3] * 13 + [1])])
-def test_shards_give_every_worker_something_longest_first(store, workers, limit, sizes):
-    seen = []
+def files(store):
+    return {path.name: path.read_bytes() for path in store.folder.glob("*.parquet")}
 
-    def remember(shards):
-        seen.extend(shards)
-        return score_shards_here(CountingTeacher(), store)(shards)
 
-    score(MANY, store, remember, num_workers=workers, shard_size=limit)
-    assert [len(shard) for shard in seen] == sizes
-    lengths = [len(text) for shard in seen for text in shard]
-    assert lengths == sorted(lengths, reverse=True)
+@pytest.mark.parametrize("done", [(), (0,), (1, 3), (0, 2, 5), (3, 6)])
+def test_a_rerun_after_a_kill_makes_the_very_same_files(store, small_shards, tmp_path, done):
+    """Workers finish in any order: shards `done` were complete when everything was killed."""
+
+    def killed(shards):
+        for number, shard in enumerate(shards):
+            if number in done:
+                yield score_shard(CountingTeacher(), store, 64, shard)
+        raise KeyboardInterrupt
+
+    undisturbed = Store(tmp_path / "undisturbed", store.spec)
+    for folder in (undisturbed, store):  # some texts were there before: shards without them
+        score_with(CountingTeacher(), folder, MANY[3:30:7])
+    score_with(CountingTeacher(), undisturbed)
+    with pytest.raises(KeyboardInterrupt):
+        score(MANY, store, killed)
+    assert len(files(store)) == 4 + len(done) < len(files(undisturbed))
+    score_with(CountingTeacher(), store)
+    assert files(store) == files(undisturbed)
+
+
+def test_workers_end_when_scoring_is_interrupted(store, small_shards, monkeypatch):
+    ended = []
+
+    def mapper(shards):
+        try:
+            for shard in shards:
+                yield len(shard)
+        finally:
+            ended.append(True)
+
+    class Bar(score_module.tqdm):
+        def update(self, n=1):
+            if n:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_module, "tqdm", Bar)
+    workers = []
+    with pytest.raises(KeyboardInterrupt):
+        score(MANY, store, lambda shards: workers.append(mapper(shards)) or workers[0])
+    assert ended == [True]
+
+
+def test_the_stream_is_read_no_further_than_the_mapper_asks(store, small_shards):
+    read = []
+
+    def texts():
+        for number in range(1000):
+            read.append(number)
+            yield f"text {number}"
+
+    def two_shards(shards):
+        yield sum(len(next(shards)) for _ in range(2))
+
+    assert score(texts(), store, two_shards).num_new == 10
+    assert len(read) == 20  # one window
 
 
 def test_few_texts_and_none(store):
-    assert score_with(CountingTeacher(), store, MANY[:1], num_workers=8).num_new == 1
+    assert score_with(CountingTeacher(), store, MANY[:1]).num_new == 1
     assert score_with(CountingTeacher(), store, []).num_texts == 0
+
+
+def test_spellings_of_one_text_are_one_text_and_stored_normalised(store):
+    teacher = CountingTeacher()
+    summary = score_with(teacher, store, ["a  b", "a b", " a b "])
+    assert summary.num_texts == 1 and teacher.encoded == ["a b"]
 
 
 def test_a_mapper_that_loses_texts_is_noticed(store):
     with pytest.raises(AssertionError, match="0 of 40"):
-        score(MANY, store, lambda shards: iter(()))
+        score(MANY, store, lambda shards: (0 for _ in shards))
     assert not (store.folder / "manifest.json").exists()
 
 
-def test_progress_is_counted_in_texts(store, monkeypatch):
+def test_progress_is_counted_in_texts_those_that_are_there_at_once(store, small_shards, monkeypatch):
+    score_with(CountingTeacher(), store, MANY[:20])
     seen = []
 
     class Bar(score_module.tqdm):
@@ -139,13 +202,21 @@ def test_progress_is_counted_in_texts(store, monkeypatch):
             return super().update(n)
 
     monkeypatch.setattr(score_module, "tqdm", Bar)
-    score_with(CountingTeacher(), store, shard_size=8)
-    assert seen == [(8, 40)] * 5
+    score_with(CountingTeacher(), store, total=40)
+    assert seen == [(20, 40), (0, 40), *[(5, 40)] * 4]
+
+
+def test_survey_counts_unique_texts_and_knows_what_is_there(store):
+    assert survey(MANY + MANY, store) == (40, False)
+    score_with(CountingTeacher(), store, MANY[:39])
+    assert survey(MANY, store) == (40, False)
+    score_with(CountingTeacher(), store)
+    assert survey(iter(MANY), store) == (40, True)
 
 
 def test_with_a_real_encoder(tmp_path):
     folder = save_tiny_teacher(tmp_path / "model")
     teacher = Teacher(folder, "mean", 32)
     store = Store(tmp_path / "teacher", StoreSpec(fingerprint(folder), "mean", 32, teacher.hidden_size))
-    score_with(teacher, store, TEXTS, num_workers=2)
+    score_with(teacher, store, TEXTS)
     assert np.abs(store.open().vectors(TEXTS) - teacher.encode(TEXTS, 64)).max() < 5e-4  # float16
