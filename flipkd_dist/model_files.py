@@ -153,7 +153,8 @@ def _chunks(path: Path):
 def fingerprint(folder: Path, also: Iterable[str] = ()) -> str:
     """What the model is, as 32 hex digits: its configuration, tokenizer and weights, wherever the folder lies.
 
-    `also` names more files in it that count. A file above 64 MiB counts by its header, its size and 64 evenly spaced blocks of 1 MiB.
+    `also` names more files in it that count. A file above 64 MiB counts by its header, its size and 64 evenly spaced
+    blocks of 1 MiB.
     """
     folder = Path(folder)
     named = [folder / name for name in ("config.json", *TOKENIZER_FILES)]

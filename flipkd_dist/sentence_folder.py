@@ -9,7 +9,13 @@ from typing import Any
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import fingerprint, one_line
 
-CONFIGS = ("config.json", "*/config.json", "modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
+CONFIGS = (
+    "config.json",
+    "*/config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+)
 KNOWN = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout", "WeightedLayerPooling", "CNN", "LSTM")
 MODULE = re.compile(rf"sentence_transformers\.(?:\w+\.)*({'|'.join(KNOWN)})", re.ASCII)
 OURS = {  # modes of the library that `teacher.pooled` has too; the two means differ in length alone
@@ -104,12 +110,12 @@ def _prompts(folder: Path, config: dict[str, Any]) -> tuple[str, tuple[str, ...]
 
 def _check_files(folder: Path, name: str, path: str, config: dict[str, Any]) -> None:
     where = folder / path
-    if path and not (where / "model.safetensors").is_file():
-        if name == "Dense" or any(file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") for file in where.glob("*")):
-            raise UserError(
-                f"teacher {where}: has no model.safetensors, and pickled weights are never loaded: "
-                "load and save the model with sentence-transformers once"
-            )
+    pickled = any(file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") for file in where.glob("*"))
+    if path and (pickled or name == "Dense") and not (where / "model.safetensors").is_file():
+        raise UserError(
+            f"teacher {where}: has no model.safetensors, and pickled weights are never loaded: "
+            "load and save the model with sentence-transformers once"
+        )
     activation = config.get("activation_function", "torch.nn.")
     if name == "Dense" and not str(activation).startswith("torch.nn."):  # the library would put another in its place
         raise UserError(f"teacher {where}: its activation {activation} is not one of torch.nn: name another model")

@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import TOKENIZER_FILES, one_line
 
+CPU_TOKENS = 768  # of one forward at most; what is larger falls out of a core's cache and takes longer per token
+
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' loading bars and its table of unused weights; `_load` checks the missing ones itself."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -59,7 +61,7 @@ def _load(folder: Path):
         raise UserError(f"teacher {folder}: there are no tokenizer files: save the tokenizer beside the weights")
     options = dict(trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModel.from_pretrained(folder, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, safetensors and tokenizers raise nearly anything here
@@ -171,7 +173,8 @@ class Teacher:
         """Unit vectors of the texts, float32 [n, d], in the order given.
 
         Args:
-            batch_size: texts of one forward. Texts of similar length share one; the vectors do not depend on it.
+            batch_size: texts of one forward at most; fewer on a CPU where they are long. Texts of similar length share
+                one; the vectors do not depend on it.
         Raises:
             UserError: the model gives values that are not finite.
         """
@@ -186,8 +189,11 @@ class Teacher:
         full = [texts[row] for row in np.flatnonzero(lengths == self.max_length)]
         self.num_truncated += count_longer(self.tokenizer, full, self.max_length)
         longest_first = np.argsort(-lengths, kind="stable")  # memory that is too small shows at once
-        for start in range(0, len(texts), batch_size):
-            rows = longest_first[start : start + batch_size]
+        start = 0
+        while start < len(texts):
+            fitting = CPU_TOKENS // max(1, lengths[longest_first[start]]) if str(self.device) == "cpu" else batch_size
+            rows = longest_first[start : start + max(1, min(batch_size, fitting))]
+            start += len(rows)
             batch = self._padded(tokens, rows, lengths[rows])
             hidden = self.model(**batch).last_hidden_state
             unit = pooled(hidden, batch["attention_mask"], self.pooling, self.num_unpooled)
