@@ -184,9 +184,8 @@ class EndpointTeacher:
     def _safe(self, error: Exception) -> str:
         """The message in one line, without the key, which some servers repeat."""
         cause = error.__cause__ if str(error) == "Connection error." and error.__cause__ else error
-        return (
-            one_line(cause).replace(self._client.api_key, "***") if self._client.api_key != "EMPTY" else one_line(cause)
-        )
+        text, key = str(cause) or type(cause).__name__, self._client.api_key
+        return one_line(Exception(text if key == "EMPTY" else text.replace(key, "***")))  # before it is cut short
 
     def _failed(self, what: str, remedy: str = "is teacher.api_base that of an OpenAI-compatible server?") -> UserError:
         return UserError(f"teacher {self.endpoint.model} at {self.endpoint.host}: {what}: {remedy}")

@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         if isinstance(failure, int):
-            return self.answer({"error": {"message": f"no: {self.headers.get('Authorization')}"}}, failure)
+            return self.answer({"error": {"message": f"{'no ' * 45}{self.headers.get('Authorization')}"}}, failure)
         if self.path != "/v1/embeddings" or body["model"] != "tiny":
             return self.answer({"error": {"message": f"there is no {body['model']}"}}, 404)
         if any(len(text) > LONGEST for text in body["input"]):

@@ -129,6 +129,7 @@ def test_errors_are_one_line_without_the_key(server, config, caplog, failure, sa
     with caplog.at_level(logging.DEBUG, logger="flipkd_dist"), pytest.raises(UserError) as error:
         teacher.encode(TEXTS, 64)
     message = str(error.value)
+    assert SECRET[:12] not in message
     assert said in message and "127.0.0.1" in message and "\n" not in message
     assert SECRET not in message + caplog.text
 

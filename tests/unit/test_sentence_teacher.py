@@ -193,6 +193,24 @@ def test_old_folders(plain, tmp_path):
     assert np.abs(teacher.encode(TEXTS, 4) - of_library(folder)).max() < 1e-5
 
 
+def test_a_decoder_that_pads_on_the_left(plain, tmp_path):
+    from transformers import BertTokenizer, Qwen2Config, Qwen2Model
+
+    sizes = dict(vocab_size=40, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        Qwen2Model(Qwen2Config(**sizes, num_key_value_heads=1, initializer_range=0.5)).save_pretrained(
+            tmp_path / "base"
+        )
+    tokenizer = BertTokenizer.from_pretrained(plain, padding_side="left")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "base")
+    folder = save(tmp_path / "base", tmp_path / "folder", pooling("lasttoken"), normalize)
+    teacher = source(folder).load()
+    assert type(teacher) is Teacher and teacher.pooling == "lasttoken"
+    assert np.abs(teacher.encode(TEXTS, 4) - of_library(folder)).max() < 1e-5
+
+
 def test_the_fingerprint_covers_modules_and_their_weights(plain, tmp_path):
     folder = save(plain, tmp_path / "folder", pooling("mean"), dense(), prompts={"query": "a"})
     key = source(folder).spec.key
