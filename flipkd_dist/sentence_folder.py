@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def _check_files(folder: Path, name: str, path: str, config: dict[str, Any]) -> 
         raise UserError(f"teacher {where}: its activation {activation} is not one of torch.nn: name another model")
 
 
+def _named(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """The configuration and weight files among the paths, relative to the folder."""
+    return sorted(str(path.relative_to(folder)) for path in paths if path.suffix in (".json", ".safetensors", ".txt"))
+
+
 def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     """What the folder says of its encoder; None for a plain folder of transformers.
 
@@ -132,7 +138,8 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     modules, config = _modules(folder), _json(folder / "config_sentence_transformers.json", dict)
     if (kind := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
         raise UserError(f"teacher {folder}: a {kind} gives no vector of a single text: name a SentenceTransformer")
-    width, more, pooling, files = None, config.get("truncate_dim") is not None or bool(modules[0][1]), {}, []
+    width, pooling, files = None, {}, []
+    more = bool(modules[0][1])  # a model in a folder of its own
     for name, path in modules:
         settings = _json(folder / path / "config.json", dict) if path else {}
         _check_files(folder, name, path, settings)
@@ -143,18 +150,18 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
         elif name == "Dense":
             width = settings.get("out_features")
         more |= name not in ("Transformer", "Pooling", "Normalize")
-        inside = sorted(path for path in (folder / path).glob("*") if path.suffix in (".json", ".safetensors", ".txt"))
-        files += [str(file.relative_to(folder)) for file in inside] if path else []
+        if path:
+            files += _named(folder, (folder / path).glob("*"))
     for path in sorted(folder.glob("sentence_*_config.json")):
         settings = _json(path, dict)
         if "tokenizer_name_or_path" in settings:
             raise UserError(f"teacher {path}: takes a tokenizer from elsewhere: save it beside the weights")
-        more |= any(settings.get(key, PLAIN.get(key)) != PLAIN.get(key) for key in settings if key != "max_seq_length")
+        more |= any(value != PLAIN.get(key) for key, value in settings.items() if key != "max_seq_length")
         files.append(path.name)
     modes, include_prompt = _pooling(pooling), bool(pooling.get("include_prompt", True))
     prompt, others = _prompts(folder, config)
     if config.get("truncate_dim") is not None:
-        width = min(width or config["truncate_dim"], config["truncate_dim"])
+        more, width = True, min(width or config["truncate_dim"], config["truncate_dim"])  # the library cuts vectors
         files.append("config_sentence_transformers.json")
     more |= len(modes) > 1 or modes[0] not in OURS
     named = "+".join(modes) if more else OURS[modes[0]]
