@@ -5,7 +5,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +150,18 @@ def _chunks(path: Path):
             yield file.read(MIB)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, also: Iterable[str] = ()) -> str:
     """What the model is, as 32 hex digits: its configuration, tokenizer and weights, wherever the folder lies.
 
-    A file above 64 MiB counts by its header, its size and 64 evenly spaced blocks of 1 MiB.
+    `also` names more files in it that count. A file above 64 MiB counts by its header, its size and 64 evenly spaced
+    blocks of 1 MiB.
     """
     folder = Path(folder)
     named = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
     digest = hashlib.blake2b(digest_size=16)
-    for path in [path for path in named if path.is_file()] + sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    more = [folder / name for name in also]
+    for path in [path for path in named if path.is_file()] + sorted(folder.glob("*.safetensors")) + more:
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         for chunk in _chunks(path):
             digest.update(chunk)
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from flipkd_dist.base_loader import check_packable
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line, resolve_config
-from flipkd_dist.teacher import teacher_hidden_size
+from flipkd_dist.teacher_source import largest_hidden_size
 
 IN_LAYER = re.compile(r"\.\d+\.")
 # Projections whose input is not the layer's own, in the families that transformers has.
@@ -98,7 +98,7 @@ def student_shape(config: RunConfig) -> Shape:
     if rank is None:
         if config.teacher.model_name_or_path is None:
             raise UserError("student.lora_r and teacher.model_name_or_path are both missing: name one of them")
-        rank = teacher_hidden_size(resolve_config(config.teacher.model_name_or_path, "teacher.model_name_or_path"))
+        rank = largest_hidden_size(config)
     check_positions(check_base(folder, settings), config.data.max_length)
     return shape_of(folder, settings, rank)
 

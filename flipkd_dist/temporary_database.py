@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from flipkd_dist.errors import UserError
 
-CACHE_KIB = 64 * 1024  # smaller tables never reach the disk
+CACHE_KIB = 16 * 1024  # smaller tables never reach the disk
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     return save_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
-@pytest.fixture(params=["mean", "cls"])
+@pytest.fixture(params=["mean", "cls", "max", "lasttoken"])
 def teacher(folder, request):
     return Teacher(folder, request.param, max_length=32)
 
@@ -37,15 +37,20 @@ def by_hand(teacher, text):
     tokens = teacher.tokenizer(text, truncation=True, max_length=teacher.max_length, return_tensors="pt")
     with torch.no_grad():
         hidden = teacher.model(**tokens).last_hidden_state[0].numpy().astype(np.float64)
-    vector = hidden.mean(0) if teacher.pooling == "mean" else hidden[0]
+    vector = {"mean": hidden.mean(0), "max": hidden.max(0), "cls": hidden[0], "lasttoken": hidden[-1]}[teacher.pooling]
     return vector / np.sqrt((vector**2).sum())
 
 
-def test_mean_pooling_by_hand():
+def test_pooling_by_hand():
     hidden = torch.tensor([[[3.0, 0], [0, 4], [9, 9]], [[1, 0], [5, 5], [7, 7]]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert torch.allclose(pooled(hidden, mask, "mean"), torch.tensor([[0.6, 0.8], [1, 0]]))
     assert torch.allclose(pooled(hidden, mask, "cls"), torch.tensor([[1.0, 0], [1, 0]]))
+    assert torch.allclose(pooled(hidden, mask, "lasttoken"), torch.tensor([[0.0, 1], [1, 0]]))
+    assert torch.allclose(pooled(-hidden, mask, "max"), torch.tensor([[0.0, 0], [-1, 0]]))
+    skipped = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    assert torch.allclose(pooled(hidden, skipped, "mean", 1), torch.tensor([[0.0, 1], [0.5**0.5, 0.5**0.5]]))
+    assert torch.equal(pooled(hidden, skipped, "cls", 1), pooled(hidden, skipped, "mean", 1))
 
 
 def test_vectors_are_those_of_each_text_alone_in_the_order_given(teacher):
@@ -71,6 +76,26 @@ def test_texts_of_similar_length_share_a_batch_longest_first(teacher):
     teacher.encode(TEXTS, 2)
     handle.remove()
     assert widths == [(2, 18), (2, 8), (2, 3)]  # tokens of the longer one of each two
+
+
+def test_on_a_cpu_long_texts_share_a_forward_with_fewer(folder, monkeypatch):
+    monkeypatch.setattr("flipkd_dist.teacher.CPU_TOKENS", 18)
+    teacher, widths = Teacher(folder, "mean", max_length=32), []
+    together = teacher.encode(TEXTS, 1)
+    teacher.model.register_forward_pre_hook(
+        lambda module, args, inputs: widths.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    assert np.abs(teacher.encode(TEXTS, 64) - together).max() < 1e-5
+    assert len(widths) > 2 and sum(rows for rows, _ in widths) == len(TEXTS)
+    assert all(rows == 1 or rows * width <= 18 for rows, width in widths)
+    assert max(rows for rows, _ in widths) > 1
+
+
+def test_the_same_texts_give_the_same_bits(folder):
+    first = Teacher(folder, "mean", 32).encode(TEXTS, 4)
+    teacher = Teacher(folder, "mean", 32)
+    teacher.encode(TEXTS[::-1], 3)
+    assert np.array_equal(teacher.encode(TEXTS, 4), first)
 
 
 def test_no_texts(teacher):
