@@ -79,6 +79,7 @@ class TeachConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     weight_decay: NonNegative = 0.01
+    save_steps: Positive | None = None  # optimizer steps between checkpoints; null: an epoch
 
 
 class StudentConfig(Section):

@@ -10,6 +10,7 @@ import torch
 from flipkd_dist.config import RunConfig, TeacherConfig
 from flipkd_dist.model_files import check_files, fingerprint, resolve_model
 from flipkd_dist.store import StoreSpec
+from flipkd_dist.taught_folder import taught_folder
 from flipkd_dist.teacher import Teacher, teacher_hidden_size
 
 
@@ -34,15 +35,20 @@ class TeacherSource:
         return Teacher(self.folders[0], self.settings.pooling, self.settings.max_length, device)
 
 
-def text_teacher(config: RunConfig) -> TeacherSource:
+def text_teacher(config: RunConfig, taught: bool = True) -> TeacherSource:
     """The encoder of single texts that the configuration names; no weights are loaded.
 
+    Args:
+        taught: take the one that `flipkd teach` made of it, where there is one.
     Raises:
         UserError
     """
     settings, key = config.teacher, "teacher.model_name_or_path"
     folder = resolve_model(settings.model_name_or_path, key)
     check_files(folder, key)
+    if taught and (fine_tuned := taught_folder(config, fingerprint(folder))):
+        folder = fine_tuned
+        check_files(folder, key)
     spec = StoreSpec(
         fingerprint(folder), settings.pooling, settings.max_length, teacher_hidden_size(folder), settings.prompt or ""
     )

@@ -15,6 +15,7 @@ OWNERS = {
     "deepspeed": {"engine.py"},
     "mlflow": {"tracking.py", "pyfunc_model.py"},
     "bitsandbytes": {"fourbit.py"},
+    "sentence_transformers": {"teach_trainer.py"},
 }
 RUN_AS_CODE = "pyfunc_model.py"  # mlflow executes it, so that mlflow is there
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({list(OWNERS)}))"  # None: importing it raises ImportError
