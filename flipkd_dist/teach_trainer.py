@@ -13,6 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 MARK = "flipkd.json"  # in a checkpoint: all of it is written
+WINDOW = 16  # batches
 KEPT_CHECKPOINTS = 2  # the older one goes before the newer one is marked
 
 
@@ -51,15 +53,28 @@ class Budget:
 
 
 class _Batches(BatchSampler):
-    """The pairs of every step of all epochs: to the trainer it is one long epoch."""
+    """The pairs of every step of all epochs: to the trainer it is one long epoch.
 
-    def __init__(self, order: Order, num_steps: int):
-        super().__init__(range(order.num_pairs), order.contrast_batch_size, drop_last=False)
-        self.order, self.num_steps = order, num_steps
+    Random batches of short texts are mostly padding. So an epoch's order is cut into windows of 16 batches, pairs of
+    similar length inside a window share a batch, and the batches of a window come in random order.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, num_steps: int):
+        """`lengths`: of the longer text of each pair, in any unit [N]."""
+        super().__init__(range(len(lengths)), batch_size, drop_last=False)
+        self.windows = Order(len(lengths), WINDOW * batch_size, 1, seed)
+        self.lengths, self.num_steps = lengths, num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.num_steps):
-            yield self.order.contrast_batches(step)[0].tolist()
+        step = window = 0
+        while step < self.num_steps:
+            rows = self.windows.contrast_batches(window)[0]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+            mixed = np.random.Generator(np.random.PCG64([self.windows.seed, window, 1])).permutation(len(batches))
+            for number in mixed[: self.num_steps - step]:
+                yield batches[number].tolist()
+            step, window = step + len(batches), window + 1
 
     def __len__(self) -> int:
         return self.num_steps
@@ -153,11 +168,13 @@ def _trainer(model: Any, pairs: PairTable, config: RunConfig, budget: Budget, fo
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     teach, bf16 = config.teach, config.train.bf16
-    order = Order(len(pairs), teach.per_device_train_batch_size, 1, config.seed)
+    texts = [normalised(text) for text in pairs.texts]
+    length = np.array([len(text) for text in texts])
+    longer = np.maximum(length[pairs.text_a], length[pairs.text_b])
 
     class Trainer(SentenceTransformerTrainer):
         def get_batch_sampler(self, dataset, *_, **__):
-            return _Batches(order, budget.num_steps)
+            return _Batches(longer, teach.per_device_train_batch_size, config.seed, budget.num_steps)
 
         def add_model_card_callback(self, default_args_dict):
             pass  # the manifest says what the folder is
@@ -183,7 +200,6 @@ def _trainer(model: Any, pairs: PairTable, config: RunConfig, budget: Budget, fo
         disable_tqdm=True,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several would silently multiply the batch
-    texts = [normalised(text) for text in pairs.texts]
     number = float if teach.loss == "cosine" else int
     columns = {
         "text_a": [texts[row] for row in pairs.text_a],

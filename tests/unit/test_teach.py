@@ -13,7 +13,6 @@ from flipkd_dist import preflight
 from flipkd_dist.config import RunConfig, TeachConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import fingerprint
-from flipkd_dist.order import Order
 from flipkd_dist.run_folder import write_json
 from flipkd_dist.taught_folder import MANIFEST, checkpoints_path, read_manifest, taught_folder, taught_path
 from flipkd_dist.teach import check_inputs, table, teach
@@ -223,10 +222,20 @@ def test_a_budget_counts_steps():
 
 
 def test_the_batches_of_two_epochs_hold_every_pair_twice():
-    batches = list(_Batches(Order(10, 4, 1, 3), 6))
-    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    batches = list(_Batches(np.arange(10), 4, 3, 6))
+    assert sorted(map(len, batches)) == [2, 2, 4, 4, 4, 4]
     first, second = (np.concatenate(batches[start : start + 3]) for start in (0, 3))
-    assert sorted(first) == sorted(second) == list(range(10)) and first.tolist() != second.tolist()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(_Batches(np.arange(10), 4, 3, 5)) == batches[:5]  # a shorter budget sees the same pairs
+    assert list(_Batches(np.arange(10), 4, 4, 6)) != batches
+
+
+def test_pairs_of_similar_length_share_a_batch():
+    lengths = np.random.default_rng(0).integers(5, 100, size=64 * 8)
+    [*batches] = _Batches(lengths, 8, 0, 64)
+    padded = sum(8 * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths.sum() and sorted(np.concatenate(batches)) == list(range(512))
+    assert batches[0] != sorted(batches, key=lambda batch: lengths[batch].max())[0]
 
 
 def test_the_table_puts_before_and_after_side_by_side():
