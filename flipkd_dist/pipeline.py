@@ -19,6 +19,7 @@ from flipkd_dist.registry import register
 from flipkd_dist.run_folder import digest, read_json, write_json
 from flipkd_dist.score import filter_shares, report, score
 from flipkd_dist.stop import StopRequest
+from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 from flipkd_dist.world import World
@@ -59,6 +60,8 @@ class Pipeline:
         self.config = absolute_paths(config)
         self.inputs: Inputs = check_inputs(self.config)
         self.folder = self.inputs.folder
+        if taught_path(self.config) in self.inputs.teacher.folders and int(os.environ.get("RANK", 0)) == 0:
+            announce(self.config)
         self.trained = self.inputs.digest("train", "validation")
         self.evaluated = self.inputs.digest("train", "validation", "test")
         self.scored_splits = [split for split in ("validation", "test") if split in self.inputs.splits]

@@ -62,12 +62,16 @@ def taught_folder(config: RunConfig, *fingerprints: str) -> Path | None:
         if manifest["reading"].get(key) != value:
             before = manifest["reading"].get(key)
             raise UserError(f"{folder}: made with teacher.{key} = {before!r}, which is {value!r} now: {remedy}")
+    return folder
+
+
+def announce(config: RunConfig) -> None:
+    """Say that the run uses its taught teacher, and what of `teach` it was not made with."""
+    folder = taught_path(config)
     logger.info("teacher: the fine-tuned one in %s", folder)
-    changed = [
-        key for key, value in config.teach.model_dump(mode="json").items() if manifest["teach"].get(key) != value
-    ]
+    made_with = (read_manifest(folder) or {}).get("teach", {})
+    changed = [key for key, value in config.teach.model_dump(mode="json").items() if made_with.get(key) != value]
     if changed:
         logger.warning(
             "teach.%s: not what %s was made with; to use the new value, run `flipkd teach` again", changed[0], folder
         )
-    return folder

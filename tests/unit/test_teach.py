@@ -13,6 +13,7 @@ from flipkd_dist import preflight
 from flipkd_dist.config import RunConfig, TeachConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import fingerprint
+from flipkd_dist.pipeline import Pipeline
 from flipkd_dist.run_folder import write_json
 from flipkd_dist.taught_folder import MANIFEST, checkpoints_path, read_manifest, taught_folder, taught_path
 from flipkd_dist.teach import check_inputs, table, teach
@@ -129,15 +130,12 @@ def test_without_a_taught_teacher_the_named_one_is_used(models, tmp_path):
     assert str(text_teacher(settings).folders[0]) == models["base"]
 
 
-def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
-    caplog.set_level("INFO", "flipkd_dist")
+def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path):
     settings = config(models, tmp_path)
     preflight.RunFolder(settings).open()
     before = preflight.check_inputs(settings)
     as_taught(settings, models)
     after = preflight.check_inputs(settings)
-    assert [record.message for record in caplog.records] == [f"teacher: the fine-tuned one in {taught_path(settings)}"]
     assert after.teacher.folders == (taught_path(settings),)
     assert (
         after.store.spec.teacher_fingerprint == fingerprint(models["other"]) and after.store.spec != before.store.spec
@@ -151,10 +149,15 @@ def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path, cap
         after.folder.check_trained(after.digest("train"))
 
 
-def test_other_settings_of_teach_are_said(models, tmp_path, caplog, monkeypatch):
+def test_the_taught_teacher_is_said_once_and_other_settings_of_teach_too(models, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+    caplog.set_level("INFO", "flipkd_dist")
     as_taught(config(models, tmp_path), models)
-    assert text_teacher(config(models, tmp_path, teach={"loss": "cosine"})).folders
+    settings = config(models, tmp_path, distributed={"num_workers": 1, "deepspeed": None})
+    Pipeline(settings, on_ray=False)
+    line = f"teacher: the fine-tuned one in {taught_path(settings)}"
+    assert [record.message for record in caplog.records] == [line]
+    Pipeline(config(models, tmp_path, teach={"loss": "cosine"}), on_ray=False)
     assert "teach.loss: not what" in caplog.text
 
 
