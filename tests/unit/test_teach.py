@@ -152,8 +152,9 @@ def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path):
 def test_the_taught_teacher_is_said_once_and_other_settings_of_teach_too(models, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
     caplog.set_level("INFO", "flipkd_dist")
-    as_taught(config(models, tmp_path), models)
-    settings = config(models, tmp_path, distributed={"num_workers": 1, "deepspeed": None})
+    settings = config(models, tmp_path)
+    preflight.RunFolder(settings).open()
+    as_taught(settings, models)
     Pipeline(settings, on_ray=False)
     line = f"teacher: the fine-tuned one in {taught_path(settings)}"
     assert [record.message for record in caplog.records] == [line]
