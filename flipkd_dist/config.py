@@ -72,7 +72,7 @@ class TeacherConfig(Section):
 class TeachConfig(Section):
     """How `flipkd teach` fine-tunes the teacher on the same pairs."""
 
-    loss: Literal["contrastive", "cosine"] = "contrastive"
+    loss: Literal["contrastive", "cosine"] = "cosine"
     num_train_epochs: Positive = 1
     max_steps: Literal[-1] | Positive = -1
     per_device_train_batch_size: Positive = 64  # pairs

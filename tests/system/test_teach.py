@@ -62,6 +62,7 @@ def config(inputs: dict, output: Path, teach: dict | None = None, teacher: dict 
             "data": inputs["data"],
             "teacher": {"model_name_or_path": inputs["base"], "max_length": 32, **(teacher or {})},
             "teach": {
+                "loss": "contrastive",
                 "max_steps": 20,
                 "per_device_train_batch_size": 32,  # the last one of an epoch is shorter
                 "learning_rate": 5e-3,

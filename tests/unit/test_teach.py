@@ -158,7 +158,7 @@ def test_the_taught_teacher_is_said_once_and_other_settings_of_teach_too(models,
     Pipeline(settings, on_ray=False)
     line = f"teacher: the fine-tuned one in {taught_path(settings)}"
     assert [record.message for record in caplog.records] == [line]
-    Pipeline(config(models, tmp_path, teach={"loss": "cosine"}), on_ray=False)
+    Pipeline(config(models, tmp_path, teach={"loss": "contrastive"}), on_ray=False)
     assert "teach.loss: not what" in caplog.text
 
 
