@@ -63,6 +63,16 @@ def score(config: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @configured
+def teach(config: Path, overrides: tuple[str, ...]) -> None:
+    """Fine-tune the teacher on data.train; from then on the run uses the result."""
+    loaded = load_config(config, overrides)
+    from flipkd_dist.teach import teach
+
+    teach(loaded)
+
+
+@cli.command()
+@configured
 def train(config: Path, overrides: tuple[str, ...]) -> None:
     """Fine-tune the student on Ray workers (scores first what the teacher's store lacks)."""
     pipeline = _pipeline(config, overrides)

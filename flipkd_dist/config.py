@@ -72,13 +72,14 @@ class TeacherConfig(Section):
 class TeachConfig(Section):
     """How `flipkd teach` fine-tunes the teacher on the same pairs."""
 
-    loss: Literal["contrastive", "cosine"] = "contrastive"
+    loss: Literal["contrastive", "cosine"] = "cosine"
     num_train_epochs: Positive = 1
     max_steps: Literal[-1] | Positive = -1
     per_device_train_batch_size: Positive = 64  # pairs
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     weight_decay: NonNegative = 0.01
+    save_steps: Positive | None = None  # optimizer steps between checkpoints; null: an epoch
 
 
 class StudentConfig(Section):

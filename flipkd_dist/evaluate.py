@@ -159,7 +159,7 @@ def format_table(metrics: dict[str, dict[str, dict]]) -> str:
             figures = [value["accuracy"], value["f1"], value["roc_auc"], value["average_precision"]]
             text = [f"{figure:.4f}" if figure is not None else "-" for figure in figures]
             lines.append(
-                f"{split:<16}{names[row]:<20}{text[0]:>9}{text[1]:>8}{text[2]:>9}{text[3]:>9}"
+                f"{split:<16}{names.get(row, row):<20}{text[0]:>9}{text[1]:>8}{text[2]:>9}{text[3]:>9}"
                 f"{value['threshold']:>11.4f}{value['num_pairs']:>8}"
             )
     return "\n".join(lines)

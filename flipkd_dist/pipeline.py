@@ -20,6 +20,7 @@ from flipkd_dist.run_folder import RunFolder, digest, read_json, write_json
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import Job, cosines, facts_of, fill_stores, similarities, tell
 from flipkd_dist.stop import StopRequest
+from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 from flipkd_dist.world import World
@@ -63,6 +64,7 @@ class Pipeline:
         self.config = absolute_paths(config)
         self.inputs: Inputs = check_inputs(self.config)
         self.folder = self.inputs.folder
+        _announce_taught(self.inputs)
         self.trained = self.inputs.digest("train", "validation")
         self.evaluated = self.inputs.digest("train", "validation", "test")
         self.scored_splits = [split for split in ("validation", "test") if split in self.inputs.splits]
@@ -213,6 +215,7 @@ def score_files(config: RunConfig) -> None:
         Pipeline(config).score()
         return
     start, inputs, pairs = time.monotonic(), check_inputs(config, splits=()), PairStream(config.data)
+    _announce_taught(inputs)
     num_texts, is_complete = survey(pairs.texts(check_ids=True), inputs.store)
     if not is_complete:
         inputs.teacher.load()  # completely, or it says why not
@@ -223,6 +226,11 @@ def score_files(config: RunConfig) -> None:
     found = similarities(labelled, pairs.num_pairs["train"], cosines(inputs.store.open()), config.seed)
     tell(config, found, facts_of(config, inputs.store, num_texts), folder.report)
     _say("score", start)
+
+
+def _announce_taught(inputs: Inputs) -> None:
+    if taught_path(inputs.config) in inputs.teacher.folders and int(os.environ.get("RANK", 0)) == 0:
+        announce(inputs.config)
 
 
 def _say(stage: str, start: float) -> None:

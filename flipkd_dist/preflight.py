@@ -61,11 +61,12 @@ class Inputs:
             decisive_settings(self.config),
             self.store.spec.key,
             self.base_fingerprint,
-            [_content(self.splits[split]) for split in splits if split in self.splits],
+            [pairs_content(self.splits[split]) for split in splits if split in self.splits],
         )
 
 
-def _content(pairs: PairTable) -> list:
+def pairs_content(pairs: PairTable) -> list:
+    """What a hash of pairs is made of."""
     numbers = (pairs.text_a, pairs.text_b, pairs.label, pairs.group_a, pairs.group_b)
     return [pairs.texts, pairs.kind, *(array.tolist() for array in numbers)]
 

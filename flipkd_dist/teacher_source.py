@@ -16,6 +16,7 @@ from flipkd_dist.model_files import check_files, fingerprint, resolve_config, re
 from flipkd_dist.sentence_folder import CONFIGS, SentenceFolder, read_sentence_folder
 from flipkd_dist.sentence_teacher import SentenceTeacher
 from flipkd_dist.store import StoreSpec
+from flipkd_dist.taught_folder import taught_folder
 from flipkd_dist.teacher import Teacher, teacher_hidden_size
 
 logger = logging.getLogger("flipkd_dist")
@@ -99,6 +100,10 @@ class TeacherSource:
     def largest_hidden_size(self) -> int:
         """d of the widest encoder: what `student.lora_r: null` means, however many are put together."""
         return max(part.spec.hidden_size for part in self.parts)
+
+    @property
+    def folders(self) -> list[Path]:
+        return [part.folder for part in self.parts if isinstance(part, FolderPart)]
 
     def load(self, device: torch.device | str = "cpu") -> Encoder:
         """The encoder, complete.
@@ -211,10 +216,12 @@ def _joint_spec(parts: list[Part], weights: tuple[float, ...]) -> StoreSpec:
     )
 
 
-def text_teacher(config: RunConfig) -> TeacherSource:
+def text_teacher(config: RunConfig, taught: bool = True) -> TeacherSource:
     """The encoder of single texts that the configuration names; no weights are loaded.
 
     An endpoint is asked for one vector, unless the run's folder holds that already.
+    Args:
+        taught: take the one that `flipkd teach` made of it, where there is one.
     Raises:
         UserError
     """
@@ -223,6 +230,8 @@ def text_teacher(config: RunConfig) -> TeacherSource:
         parts: list[Part] = [_endpoint_part(config)]
     else:
         parts = [_folder_part(settings, name) for name in names]
+    if taught and (fine_tuned := taught_folder(config, *(part.spec.teacher_fingerprint for part in parts))):
+        parts = [_folder_part(settings, str(fine_tuned))]
     weights = settings.weights or [1.0] * len(parts)
     weights = tuple(weight / sum(weights) for weight in weights)
     spec = parts[0].spec if len(parts) == 1 else _joint_spec(parts, weights)

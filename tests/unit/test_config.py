@@ -44,13 +44,14 @@ DEFAULTS = {
         "calibrate": False,
     },
     "teach": {
-        "loss": "contrastive",
+        "loss": "cosine",
         "num_train_epochs": 1,
         "max_steps": -1,
         "per_device_train_batch_size": 64,
         "learning_rate": 2.0e-5,
         "warmup_ratio": 0.1,
         "weight_decay": 0.01,
+        "save_steps": None,
     },
     "student": {
         "model_name_or_path": None,

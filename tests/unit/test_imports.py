@@ -15,7 +15,7 @@ OWNERS = {
     "deepspeed": {"engine.py"},
     "mlflow": {"tracking.py", "pyfunc_model.py"},
     "bitsandbytes": {"fourbit.py"},
-    "sentence_transformers": {"sentence_teacher.py"},
+    "sentence_transformers": {"sentence_teacher.py", "teach_trainer.py"},
     "openai": {"endpoint_teacher.py"},
     "matplotlib": {"noise_plots.py"},
 }
