@@ -210,7 +210,10 @@ class Pool:
 
     def _lost(self, member: Member, error: Exception) -> Iterator[int]:
         """Another actor does what this one was given, but for what it had written before it died."""
+        import ray
+
         self.members.remove(member)
+        ray.kill(member.handle)  # it may only be out of reach, and would keep its place
         if member.loading is not None:
             self.num_failed_starts += 1
             if self.num_failed_starts > RETRIES:

@@ -173,10 +173,14 @@ def test_what_goes_wrong_in_an_actor_comes_out(joined, model, tmp_path):
 
 
 def test_the_pool_grows_where_there_is_room_and_no_further(joined, model, tmp_path):
-    seen = []
-    source = make_source(model, num_workers=[1, 8])
-    store = Store(tmp_path, source.spec)
-    for _ in map_on_actors(source, store, 200.0, (TEXTS[i : i + SHARD] for i in range(0, NUM_TEXTS, SHARD))):
+    source, seen, end = make_source(model, num_workers=[1, 8]), [], time.monotonic() + 200
+
+    def shards():
+        """As long as one actor works alone, and some more for a third to come."""
+        while time.monotonic() < end and seen.count(2) < 30:
+            yield TEXTS[:SHARD]
+
+    for _ in map_on_actors(source, Store(tmp_path, source.spec), 200.0, shards()):
         seen.append(len(scorers()))
     assert seen[0] == 1 and max(seen) == 2, seen  # two CPUs
 
