@@ -136,7 +136,7 @@ def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path):
     before = preflight.check_inputs(settings)
     as_taught(settings, models)
     after = preflight.check_inputs(settings)
-    assert after.teacher.folders == (taught_path(settings),)
+    assert after.teacher.folders == [taught_path(settings)]
     assert (
         after.store.spec.teacher_fingerprint == fingerprint(models["other"]) and after.store.spec != before.store.spec
     )
