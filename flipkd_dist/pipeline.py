@@ -40,7 +40,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
     for section, keys in (
         ("data", ("train", "validation", "test")),
-        ("teacher", ("model_name_or_path",)),
+        ("teacher", ("model_name_or_path", "cross_encoder", "scores")),
         ("student", ("model_name_or_path",)),
         ("distributed", ("deepspeed", "storage_path")),
     ):

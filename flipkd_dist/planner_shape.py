@@ -96,9 +96,11 @@ def student_shape(config: RunConfig) -> Shape:
     folder = resolve_config(settings.model_name_or_path, "student.model_name_or_path")
     rank = settings.lora_r
     if rank is None:
-        if config.teacher.model_name_or_path is None:
+        # A bi-encoder's size goes before a cross-encoder's, as in `preflight.Inputs.lora_rank`.
+        key = "model_name_or_path" if config.teacher.model_name_or_path is not None else "cross_encoder"
+        if getattr(config.teacher, key) is None:
             raise UserError("student.lora_r and teacher.model_name_or_path are both missing: name one of them")
-        rank = teacher_hidden_size(resolve_config(config.teacher.model_name_or_path, "teacher.model_name_or_path"))
+        rank = teacher_hidden_size(resolve_config(getattr(config.teacher, key), f"teacher.{key}"))
     check_positions(check_base(folder, settings), config.data.max_length)
     return shape_of(folder, settings, rank)
 

@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ from flipkd_dist.pairs import PairTable
 from flipkd_dist.preflight import check_inputs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.score import score, score_shards_here
+from flipkd_dist.signals import TeacherSignals, TextTeacher
+from flipkd_dist.store import pair_text
 from flipkd_dist.student import Student, load_student
+from flipkd_dist.teacher_stage import calibrate, fill_pair_store
 
 WORDS = [
     "card",
@@ -220,9 +224,48 @@ def write_pairs(path: Path, count: int, seed: int) -> str:
     return str(path)
 
 
+class ArrayReader:
+    """Vectors of a table's texts in memory, in place of a store's reader."""
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors = vectors
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        assert len(texts) == len(self.vectors)
+        return np.arange(len(texts))
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        return self.vectors[rows]
+
+
+class PairReader:
+    """Scores of pairs in memory, in place of a store's reader; asked for another it raises KeyError."""
+
+    def __init__(self, scores: dict[tuple[str, str], float]):
+        self.numbers = {pair_text(*pair): row for row, pair in enumerate(scores)}
+        self.scores = np.array(list(scores.values()), np.float32)
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.numbers[text] for text in texts], np.int64)
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        return self.scores[rows, None]
+
+
+def signals_of(pairs: PairTable, vectors: np.ndarray) -> TeacherSignals:
+    """A teacher of texts with the vectors [texts, d]."""
+    return TeacherSignals(pairs, TextTeacher(ArrayReader(vectors)))
+
+
 def fill_store(config: RunConfig) -> None:
-    """Score every text of the run here, without Ray."""
+    """All that the stage `score` does with the teacher, here and without Ray."""
     inputs = check_inputs(config)
     inputs.folder.open()
-    teacher = inputs.teacher.load()
-    score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))
+
+    def score_here(source, store, texts) -> None:
+        score(list(texts), store, score_shards_here(source.load(), store))
+
+    if inputs.teacher is not None:
+        score_here(inputs.teacher, inputs.store, inputs.texts)
+    fill_pair_store(inputs, partial(score_here, inputs.pair_source, inputs.pair_store))
+    calibrate(inputs)

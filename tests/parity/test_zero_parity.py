@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gang import run_gang
-from tiny import WORDS, pair_table, save_student, unit_vectors
+from tiny import WORDS, pair_table, save_student, signals_of, unit_vectors
 from zero import SGD, start_engine
 
 from flipkd_dist import batches
@@ -35,7 +35,7 @@ def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, c
     engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
     student = engine.student
     make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
-    step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, loss)
+    step = TrainingStep(engine, world, signals_of(pairs, unit_vectors(len(pairs.texts))), make_batch, loss)
     order = Order(len(pairs), contrast_batch, accumulation, seed=3)
     result = {"losses": [], "gradients": [], "norms": [], "packs": [], "rows": [], "anchors": []}
     for number in range(2):
