@@ -64,11 +64,11 @@ def scored_pairs_of(record: Record, data: DataConfig) -> Iterator[tuple[str, str
             yield query, text_of({side: text}, side, KEY), number_of(score, f"{side}_scores")
 
 
-def _paths(settings: TeacherConfig) -> list[Path]:
-    paths = [settings.scores] if isinstance(settings.scores, str) else settings.scores
+def _paths(names: str | list[str]) -> list[Path]:
+    paths = [names] if isinstance(names, str) else names
     for path in paths:
         if not Path(path).is_file():
-            raise UserError(f"{KEY}: {path}: no such file: check the path")
+            raise UserError(f"{path}: no such file: check the path")
     return [Path(path) for path in paths]
 
 
@@ -88,7 +88,13 @@ def read_scored_pairs(settings: TeacherConfig, data: DataConfig, texts: Sequence
     Raises:
         UserError: anything wrong with the files, with the line at fault.
     """
-    paths = _paths(settings)
+    try:
+        return _read(_paths(settings.scores), settings.scale, data, texts)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from None
+
+
+def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str]) -> ScoredPairs:
     numbers: dict[str, int] = {}
     for text in texts:
         numbers.setdefault(normalised(text), len(numbers))
@@ -104,10 +110,10 @@ def read_scored_pairs(settings: TeacherConfig, data: DataConfig, texts: Sequence
                 scores.append(score)
                 lines.append(line)
         if not where:
-            raise UserError(f"{KEY}: {path}: no scored pairs in it: add some or name another file")
+            raise UserError(f"{path}: no scored pairs in it: add some or name another file")
     unique, values = _unique(np.array(keys), np.array(scores), lines)
     spec = StoreSpec(_fingerprint(paths), "scores", 1, hidden_size=1, dtype="float32")
-    scale = _scale(settings.scale, lowest, highest)
+    scale = _scale(scale, lowest, highest)
     return ScoredPairs(spec, scale, list(numbers), *np.divmod(unique, max(len(numbers), 1)), values)
 
 
@@ -120,7 +126,7 @@ def _scored_pairs(path: Path, data: DataConfig) -> Iterator[tuple[int, str, str,
             for pair in scored_pairs_of(record, data):
                 yield line, where, *pair
         except UserError as error:
-            raise UserError(f"{KEY}: {where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
 
 def _unique(keys: np.ndarray, scores: np.ndarray, lines: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +136,7 @@ def _unique(keys: np.ndarray, scores: np.ndarray, lines: Sequence[int]) -> tuple
     again = np.flatnonzero((keys[1:] == keys[:-1]) & (scores[1:] != scores[:-1]))
     if len(again):
         one, other = lines[order[again[0]]], lines[order[again[0] + 1]]
-        raise UserError(f"{KEY}: lines {one} and {other} give one pair two different scores: remove one")
+        raise UserError(f"lines {one} and {other} give one pair two different scores: remove one")
     first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
     return keys[first], scores[first]
 
@@ -141,7 +147,7 @@ def _scale(declared: str, lowest: tuple[float, str], highest: tuple[float, str])
     for score, where in (lowest, highest):
         if not low - slack <= score <= high + slack:
             raise UserError(
-                f"{KEY}: {where}: the score {score:g} lies outside [{low:g}, {high:g}]: set teacher.scale to "
+                f"{where}: the score {score:g} lies outside [{low:g}, {high:g}]: set teacher.scale to "
                 + ("cosine or logit" if declared == "auto" else f"what the scores are, {declared} they are not")
             )
     if declared == "auto":

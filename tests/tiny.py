@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    BertTokenizer,
     Glm4Config,
     GlmConfig,
     LlamaConfig,
@@ -180,6 +182,20 @@ def save_teacher(folder: Path, hidden_size: int = 16, seed: int = 1) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
+    return folder
+
+
+def save_cross_encoder(folder: Path, num_labels: int = 1, seed: int = 2, **config) -> Path:
+    """A random BERT that scores pairs, with weights wide enough for scores that differ."""
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    settings = dict(
+        vocab_size=len(vocabulary), max_position_embeddings=48, initializer_range=0.5, num_labels=num_labels
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        BertForSequenceClassification(BertConfig(**settings | shape | config)).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
     return folder
 
 
