@@ -8,7 +8,8 @@ import logging
 import math
 import reprlib
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str])
     numbers: dict[str, int] = {}
     for text in texts:
         numbers.setdefault(normalised(text), len(numbers))
-    keys, scores, lines = array("q"), array("f"), array("q")
+    keys, scores, lines, ends = array("q"), array("f"), array("q"), []
     lowest, highest = (math.inf, ""), (-math.inf, "")
     for path in paths:
         where = ""
@@ -111,7 +112,13 @@ def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str])
                 lines.append(line)
         if not where:
             raise UserError(f"{path}: no scored pairs in it: add some or name another file")
-    unique, values = _unique(np.array(keys), np.array(scores), lines)
+        ends.append(len(keys))
+
+    def name(entry: int) -> str:
+        path = paths[bisect_right(ends, entry)]
+        return place(path, lines[entry], file_format(path))
+
+    unique, values = _unique(np.array(keys), np.array(scores), name)
     spec = StoreSpec(_fingerprint(paths), "scores", 1, hidden_size=1, dtype="float32")
     scale = _scale(scale, lowest, highest)
     return ScoredPairs(spec, scale, list(numbers), *np.divmod(unique, max(len(numbers), 1)), values)
@@ -129,14 +136,14 @@ def _scored_pairs(path: Path, data: DataConfig) -> Iterator[tuple[int, str, str,
             raise UserError(f"{where}: {error}") from None
 
 
-def _unique(keys: np.ndarray, scores: np.ndarray, lines: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _unique(keys: np.ndarray, scores: np.ndarray, name: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
     """Each pair once, sorted by its key; a pair with two different scores is an error."""
     order = np.argsort(keys, kind="stable")
     keys, scores = keys[order], scores[order]
     again = np.flatnonzero((keys[1:] == keys[:-1]) & (scores[1:] != scores[:-1]))
     if len(again):
-        one, other = lines[order[again[0]]], lines[order[again[0] + 1]]
-        raise UserError(f"lines {one} and {other} give one pair two different scores: remove one")
+        one, other = name(order[again[0]]), name(order[again[0] + 1])
+        raise UserError(f"{one} and {other} give one pair two different scores: remove one")
     first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
     return keys[first], scores[first]
 

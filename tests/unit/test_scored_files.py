@@ -126,7 +126,9 @@ def test_two_scores_of_one_pair(tmp_path):
     path = write(
         tmp_path / "b.jsonl", one, {"text_a": "new pin", "text_b": "lost card", "score": 0.1}, {**same, "score": 0.6}
     )
-    assert "lines 1 and 3" in mistake(path)
+    assert f"{path}:1 and {path}:3 give one pair two" in mistake(path)
+    both = [write(tmp_path / "c.jsonl", one), write(tmp_path / "d.jsonl", {**same, "score": 0.6})]
+    assert f"{both[0]}:1 and {both[1]}:1 give one pair two" in mistake(both)
 
 
 def test_files_that_are_not_there_or_empty(tmp_path):
