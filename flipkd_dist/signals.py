@@ -170,7 +170,7 @@ class TeacherSignals:
         """alpha of known entries off the diagonal of contrast batches, at most `size` of them: float32 [k].
 
         Entries that are known to match are left out. Without a teacher of texts such entries are the only ones there
-        are; with one, `TextTeacher.of_texts` of random texts serves as well.
+        are; with one, `TextTeacher.of_texts` of random texts serves as well and sees more of them.
         """
         found, left = [np.empty(0, np.float32)], size
         for batch in batches:

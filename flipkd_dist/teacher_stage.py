@@ -4,7 +4,7 @@ The driver calls `fill_pair_store` and `calibrate`, workers `open_signals`.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -60,21 +60,23 @@ def fill_pair_store(inputs: Inputs, score_pairs: Callable[[Iterator[str]], objec
         score_pairs(pair_texts_to_score(inputs))
 
 
-def _texts_of(scored: ScoredPairs) -> Iterator[str]:
-    return (pair_text(scored.texts[i], scored.texts[j]) for i, j in zip(scored.first, scored.second, strict=True))
+def _texts_of(scored: ScoredPairs, part: slice = slice(None)) -> Iterator[str]:
+    numbers = zip(scored.first[part], scored.second[part], strict=True)
+    return (pair_text(scored.texts[i], scored.texts[j]) for i, j in numbers)
 
 
 def _write_scores(scored: ScoredPairs, inputs: Inputs) -> None:
-    store, texts = inputs.pair_store, list(_texts_of(scored))
-    if store.is_complete(texts):
+    store = inputs.pair_store
+    if store.is_complete(_texts_of(scored)):
         return
-    for start in range(0, len(texts), SHARD):
-        part, scores = texts[start : start + SHARD], scored.scores[start : start + SHARD]
-        new = np.flatnonzero(~store.holds(part))
+    for start in range(0, len(scored.scores), SHARD):
+        part = slice(start, start + SHARD)
+        texts, scores = list(_texts_of(scored, part)), scored.scores[part]
+        new = np.flatnonzero(~store.holds(texts))
         if len(new):
-            store.write_shard([part[k] for k in new], scores[new, None])
+            store.write_shard([texts[k] for k in new], scores[new, None])
     store.publish()
-    logger.info("teacher.scores: %d scores of the run's pairs are stored", len(texts))
+    logger.info("teacher.scores: %d scores of the run's pairs are stored", len(scored.scores))
 
 
 def is_scored(inputs: Inputs) -> bool:
@@ -164,12 +166,6 @@ def _also_scored(scored: ScoredPairs, pairs: PairTable) -> np.ndarray:
     place[numbers_in(scored, pairs)] = np.arange(len(pairs.texts))
     found = np.stack([place[scored.first], place[scored.second]], axis=1)
     return found[(found >= 0).all(axis=1)]
-
-
-def similarity_of(inputs: Inputs) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """A function from first and second texts of labelled pairs to alpha, float32 [k]: for passes without a table."""
-    curves = (_fitted(inputs) or {}) if inputs.config.teacher.calibrate else {}
-    return (_pair_teacher(inputs, curves) or _text_teacher(inputs, curves)).of_texts
 
 
 def off_diagonal_sample(inputs: Inputs, size: int) -> np.ndarray:
