@@ -3,7 +3,6 @@
 Shapes: k pairs, b pairs of one batch, t tokens of its longest pair.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from flipkd_dist.config import TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import TOKENIZER_FILES, check_files, fingerprint, one_line, resolve_model
+from flipkd_dist.run_folder import read_json
 from flipkd_dist.store import StoreSpec
 from flipkd_dist.teacher import _num_positions, _quiet
 
@@ -34,8 +34,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         )
     if config.num_labels not in (1, 2):
         raise UserError(f"{KEY}: {folder} has {config.num_labels} logits: name a model with one or two")
-    extra = folder / "config_sentence_transformers.json"
-    if extra.is_file() and json.loads(extra.read_text(encoding="utf-8")).get("default_prompt_name"):
+    if (read_json(folder / "config_sentence_transformers.json") or {}).get("default_prompt_name"):
         raise UserError(f"{KEY}: {folder} wants a prompt in front of its texts, which is not supported: name another")
     return config
 
