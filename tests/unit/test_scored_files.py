@@ -42,7 +42,9 @@ def write(path, *records) -> str:
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
 def test_canonical_records(tmp_path, suffix):
     path = tmp_path / f"scores.{suffix}"
-    rows = [dict(zip(("text_a", "text_b", "score"), pair, strict=True)) for pair in CANONICAL]
+    rows = [
+        {"text_a": a.replace(" ", "  "), "text_b": b.replace(" ", "   "), "score": score} for a, b, score in CANONICAL
+    ]
     write_records({path: rows})
     assert found(read(path)) == {(a, b): score for a, b, score in CANONICAL}
 
