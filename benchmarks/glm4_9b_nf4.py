@@ -32,6 +32,7 @@ from flipkd_dist.fourbit import Linear4bit
 from flipkd_dist.packing import PackedBatch, pack
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.signals import TeacherSignals, TextTeacher
 from flipkd_dist.step import TrainingStep, summarise
 from flipkd_dist.student import Student, load_student
 from flipkd_dist.world import World
@@ -90,6 +91,19 @@ class TimedEngine(PlainEngine):
 
     def step(self, learning_rate):
         return self._timed("update", super().step, learning_rate)
+
+
+class Vectors:
+    """The teacher's vectors in memory, in place of a store's reader."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        return np.arange(len(texts))
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        return self.array[rows]
 
 
 def now() -> float:
@@ -182,7 +196,13 @@ def main() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     loss = LossConfig(threshold=None)
     make_batch = partial(batch_of, sequence=options.sequence, vocabulary=SHAPE["vocab_size"])
-    step = TrainingStep(engine, World(device=torch.device(options.device)), pairs, vectors, make_batch, loss)
+    step = TrainingStep(
+        engine,
+        World(device=torch.device(options.device)),
+        TeacherSignals(pairs, TextTeacher(Vectors(vectors))),
+        make_batch,
+        loss,
+    )
     steps = []
     for _ in range(options.steps):
         engine.seconds = dict.fromkeys(engine.seconds, 0.0)

@@ -1,7 +1,6 @@
 """Scores of labelled pairs, sharded over ranks, and the metrics table: student, read-out, teacher, token overlap."""
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from sklearn.metrics import (
 from tqdm import tqdm
 
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.neighbours import words_of
 from flipkd_dist.order import rows_of_rank
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.student import Student
@@ -68,7 +68,7 @@ def student_scores(
 
 
 def pair_texts(pairs: PairTable) -> list[tuple[str, str]]:
-    return [(pairs.texts[a], pairs.texts[b]) for a, b in zip(pairs.text_a, pairs.text_b, strict=True)]
+    return list(pairs.labelled_texts())
 
 
 def teacher_scores(pairs: PairTable, vectors: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def teacher_scores(pairs: PairTable, vectors: np.ndarray) -> np.ndarray:
 
 def token_overlap(pairs: PairTable) -> np.ndarray:
     """Jaccard overlap of the two texts' words (Chinese: characters), lower-cased [N]."""
-    words = [set(re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.lower())) for text in pairs.texts]
+    words = [words_of(text) for text in pairs.texts]
     return np.array(
         [
             len(words[a] & words[b]) / max(len(words[a] | words[b]), 1)

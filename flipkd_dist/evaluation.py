@@ -6,9 +6,10 @@ import numpy as np
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe
 from flipkd_dist.config import RunConfig
-from flipkd_dist.evaluate import metrics_by_kind, pair_texts, teacher_scores, thresholds_from, token_overlap
+from flipkd_dist.evaluate import metrics_by_kind, pair_texts, thresholds_from, token_overlap
 from flipkd_dist.preflight import Inputs
 from flipkd_dist.run_folder import write_json, write_whole
+from flipkd_dist.teacher_stage import open_signals
 from flipkd_dist.workbench import build
 
 
@@ -24,11 +25,10 @@ def evaluate(config: RunConfig) -> None:
         pairs = bench.inputs.splits.get(split)
         if pairs is not None:
             answers, cosines = bench.scores(pair_texts(pairs), split)
-            vectors = bench.inputs.store.open().vectors(pairs.texts)
             rows[split] = {
                 "student": answers,
                 "student_readout": cosines,
-                "teacher": teacher_scores(pairs, vectors),
+                "teacher": open_signals(bench.inputs, split).of_pairs().astype(np.float64),
                 "token_overlap": token_overlap(pairs),
             }
     if bench.world.is_main:

@@ -5,6 +5,8 @@ from math import ceil
 
 import numpy as np
 
+from flipkd_dist.config import RunConfig
+
 
 @dataclass(frozen=True)
 class Order:
@@ -30,6 +32,14 @@ class Order:
         size = self.contrast_batch_size
         first = step_of_epoch * self.accumulation * size
         return [order[first + micro * size : first + (micro + 1) * size] for micro in range(self.accumulation)]
+
+
+def training_order(config: RunConfig, num_pairs: int, world_size: int) -> tuple[Order, int]:
+    """The order of a run's training and its number of optimizer steps."""
+    train = config.train
+    contrast_batch = train.per_device_train_batch_size * world_size
+    order = Order(num_pairs, contrast_batch, train.gradient_accumulation_steps, config.seed)
+    return order, train.max_steps if train.max_steps > 0 else train.num_train_epochs * order.steps_per_epoch
 
 
 def rows_of_rank(num_rows: int, rank: int, world_size: int) -> slice:

@@ -32,6 +32,10 @@ class PairTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def labelled_texts(self) -> Iterator[tuple[str, str]]:
+        """First and second text of every pair."""
+        return ((self.texts[a], self.texts[b]) for a, b in zip(self.text_a, self.text_b, strict=True))
+
     def known_match(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
         """Where the first text of pair i is known to match the second text of pair j: bool [m, n].
 

@@ -18,9 +18,10 @@ from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder, digest, read_json, write_json
 from flipkd_dist.score import survey
-from flipkd_dist.score_stage import Job, cosines, facts_of, fill_stores, similarities, tell
+from flipkd_dist.score_stage import score_streams, score_tables
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
+from flipkd_dist.teacher_stage import is_scored
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 from flipkd_dist.train import train
 from flipkd_dist.world import World
@@ -45,7 +46,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
     for section, keys in (
         ("data", ("train", "validation", "test")),
-        ("teacher", ("model_name_or_path",) if config.teacher.api_base is None else ()),
+        ("teacher", ("cross_encoder", "scores", *(["model_name_or_path"] if config.teacher.api_base is None else []))),
         ("student", ("model_name_or_path",)),
         ("distributed", ("deepspeed", "storage_path")),
     ):
@@ -76,20 +77,11 @@ class Pipeline:
 
     def _needs_workers(self) -> bool:
         stages = self.folder.done("train", self.trained) and self.folder.done("evaluate", self.evaluated)
-        return not (stages and self.inputs.store.is_complete(self.inputs.texts))
+        return not (stages and is_scored(self.inputs))
 
     def score(self) -> None:
         start = time.monotonic()
-        inputs, train = self.inputs, self.inputs.splits["train"]
-        fill_stores(self.config, [Job(inputs.teacher, inputs.store, lambda: inputs.texts, len(inputs.texts))])
-        pairs = (
-            (train.texts[a], train.texts[b], label, name)
-            for a, b, label, name in zip(
-                train.text_a.tolist(), train.text_b.tolist(), train.label.tolist(), train.ids, strict=True
-            )
-        )
-        found = similarities(pairs, len(train), cosines(inputs.store.open()), self.config.seed)
-        tell(self.config, found, facts_of(self.config, inputs.store, len(inputs.texts)), self.folder.report)
+        score_tables(self.inputs)
         _say("score", start)
 
     def train(self, then_evaluate: bool = False) -> None:
@@ -211,7 +203,8 @@ def score_files(config: RunConfig) -> None:
     """
     config = absolute_paths(config)
     folder = RunFolder(config)
-    if folder.checkpoints.exists() or folder.adapter.exists():  # whose data must be the same, so they fit
+    tables = config.teacher.cross_encoder or config.teacher.scores or config.teacher.calibrate
+    if tables or folder.checkpoints.exists() or folder.adapter.exists():  # whose data must be the same, so they fit
         Pipeline(config).score()
         return
     start, inputs, pairs = time.monotonic(), check_inputs(config, splits=()), PairStream(config.data)
@@ -221,15 +214,13 @@ def score_files(config: RunConfig) -> None:
         inputs.teacher.load()  # completely, or it says why not
         join_or_start_ray(config)
     folder.open()
-    fill_stores(config, [Job(inputs.teacher, inputs.store, pairs.texts, num_texts)])
-    labelled = ((pair.text_a, pair.text_b, pair.label, pair.id) for pair in pairs.pairs("train"))
-    found = similarities(labelled, pairs.num_pairs["train"], cosines(inputs.store.open()), config.seed)
-    tell(config, found, facts_of(config, inputs.store, num_texts), folder.report)
+    score_streams(inputs, pairs, num_texts)
     _say("score", start)
 
 
 def _announce_taught(inputs: Inputs) -> None:
-    if taught_path(inputs.config) in inputs.teacher.folders and int(os.environ.get("RANK", 0)) == 0:
+    source = inputs.teacher
+    if source is not None and taught_path(inputs.config) in source.folders and int(os.environ.get("RANK", 0)) == 0:
         announce(inputs.config)
 
 
@@ -261,7 +252,7 @@ def train_here(config: RunConfig) -> None:
     if started > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR: not set by the launcher: export MASTER_ADDR and MASTER_PORT of the first host")
     pipeline = Pipeline(config, on_ray=False)
-    if not pipeline.inputs.store.is_complete(pipeline.inputs.texts):
+    if not is_scored(pipeline.inputs):
         raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
     if pipeline.complete("train", pipeline.trained):
         return

@@ -18,6 +18,7 @@ from flipkd_dist.base_loader import check_packable
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line, resolve_config
+from flipkd_dist.teacher import teacher_hidden_size
 from flipkd_dist.teacher_source import largest_hidden_size
 
 IN_LAYER = re.compile(r"\.\d+\.")
@@ -96,9 +97,14 @@ def student_shape(config: RunConfig) -> Shape:
     folder = resolve_config(settings.model_name_or_path, "student.model_name_or_path")
     rank = settings.lora_r
     if rank is None:
-        if config.teacher.model_name_or_path is None:
+        # A bi-encoder's size goes before a cross-encoder's, as in `preflight.Inputs.lora_rank`.
+        key = "model_name_or_path" if config.teacher.model_name_or_path is not None else "cross_encoder"
+        if getattr(config.teacher, key) is None:
             raise UserError("student.lora_r and teacher.model_name_or_path are both missing: name one of them")
-        rank = largest_hidden_size(config)
+        if key == "model_name_or_path":
+            rank = largest_hidden_size(config)
+        else:
+            rank = teacher_hidden_size(resolve_config(config.teacher.cross_encoder, "teacher.cross_encoder"))
     check_positions(check_base(folder, settings), config.data.max_length)
     return shape_of(folder, settings, rank)
 

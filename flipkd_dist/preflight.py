@@ -22,13 +22,15 @@ from flipkd_dist.base import (
 )
 from flipkd_dist.base_loader import check_packable, find_parts, four_bit_form
 from flipkd_dist.config import RunConfig, StudentConfig
+from flipkd_dist.cross_encoder import CrossEncoderSource
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import check_files, fingerprint, one_line, resolve_model
+from flipkd_dist.pair_teacher import PairSource, check_settings, pair_source
 from flipkd_dist.pairs import PairTable, read_pairs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
-from flipkd_dist.store import Store
+from flipkd_dist.store import Store, pair_text
 from flipkd_dist.student import default_encoder, last_encoder
 from flipkd_dist.teacher_source import TeacherSource, text_teacher
 from flipkd_dist.weight_files import WeightFiles
@@ -43,8 +45,10 @@ class Inputs:
     config: RunConfig
     folder: RunFolder
     splits: dict[str, PairTable]
-    teacher: TeacherSource
-    store: Store
+    teacher: TeacherSource | None  # of single texts; None where the teacher knows pairs alone
+    store: Store | None
+    pair_source: PairSource | None  # a cross-encoder or scored files
+    pair_store: Store | None  # of pair scores
     base_folder: Path
     base_fingerprint: str
     tokenizer: object
@@ -55,11 +59,27 @@ class Inputs:
     def texts(self) -> list[str]:
         return list(dict.fromkeys(text for pairs in self.splits.values() for text in pairs.texts))
 
+    @property
+    def lora_rank(self) -> int:
+        """Of the student: what is configured, else the teacher's hidden size; a bi-encoder's goes first."""
+        if self.config.student.lora_r is not None:
+            return self.config.student.lora_r
+        return self.teacher.largest_hidden_size if self.teacher is not None else self.pair_source.hidden_size
+
+    @property
+    def _store_keys(self) -> list[str]:
+        return [store.spec.key for store in (self.store, self.pair_store) if store is not None]
+
+    @property
+    def calibration_key(self) -> str:
+        """A hash of all that the fitted curves of teacher.calibrate depend on."""
+        return digest(*self._store_keys, self.config.teacher.scale, pairs_content(self.splits["train"]))
+
     def digest(self, *splits: str) -> str:
         """A hash of what the adapter depends on, and of the named splits."""
         return digest(
             decisive_settings(self.config),
-            self.store.spec.key,
+            *self._store_keys,
             self.base_fingerprint,
             [pairs_content(self.splits[split]) for split in splits if split in self.splits],
         )
@@ -129,7 +149,9 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         paths = getattr(config.data, split)
         if split == "train" or paths is not None:
             tables[split] = read_pairs(paths, config.data, f"data.{split}")
-    teacher = text_teacher(config)
+    check_settings(config)
+    pairs_from = pair_source(config, tables)
+    teacher = None if pairs_from is not None and config.teacher.model_name_or_path is None else text_teacher(config)
     base_folder = _model_folder(config.student.model_name_or_path, "student.model_name_or_path")
     base_config = check_base(base_folder, config.student)
     _check_layers(base_config, config.student, base_folder)
@@ -143,13 +165,25 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         folder=folder,
         splits=tables,
         teacher=teacher,
-        store=Store(folder.teacher, teacher.spec),
+        store=None if teacher is None else Store(folder.teacher, teacher.spec),
+        pair_source=pairs_from,
+        pair_store=None if pairs_from is None else Store(folder.teacher / "pairs", pairs_from.spec),
         base_folder=base_folder,
         base_fingerprint=fingerprint(base_folder),
         tokenizer=tokenizer,
         encoder=encoder,
         share_prefix=shares_prefix(base_config, config.data.max_length),
     )
-    if tables and not inputs.store.is_complete(inputs.texts):
-        teacher.load()  # completely, or it says why not
+    if tables:
+        _check_loading(inputs)
     return inputs
+
+
+def _check_loading(inputs: Inputs) -> None:
+    """Load the models that are still to be used: completely, or they say why not."""
+    if inputs.teacher is not None and not inputs.store.is_complete(inputs.texts):
+        inputs.teacher.load()
+    if isinstance(inputs.pair_source, CrossEncoderSource):
+        labelled = (pair_text(*texts) for pairs in inputs.splits.values() for texts in pairs.labelled_texts())
+        if not inputs.pair_store.is_complete(labelled):
+            inputs.pair_source.load()

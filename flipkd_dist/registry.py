@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from flipkd_dist.adapter import AdapterCard
-from flipkd_dist.config import RunConfig
+from flipkd_dist.config import RunConfig, TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import format_table
 from flipkd_dist.predict import Matcher
@@ -15,6 +15,15 @@ from flipkd_dist.tracking import download_model, load_registered, log_pyfunc, po
 
 logger = logging.getLogger("flipkd_dist")
 TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
+
+
+def _teacher_name(teacher: TeacherConfig) -> str:
+    parts = [
+        ("", teacher.model_name_or_path),
+        ("cross-encoder ", teacher.cross_encoder),
+        ("scores of ", teacher.scores),
+    ]
+    return ", ".join(f"{kind}`{name}`" for kind, name in parts if name is not None)
 
 
 def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> str:
@@ -33,7 +42,7 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
             "knowledge distillation (FlipKD, arXiv 2507.05617) with `flipkd_dist`.",
             "",
             f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` (its weights are not included)",
-            f"- teacher in training: `{config.teacher.model_name_or_path}`; not needed for prediction",
+            f"- teacher in training: {_teacher_name(config.teacher)}; not needed for prediction",
             *([f"- trained on {card.four_bits}: on the original weights it answers differently"] * card.load_in_4bit),
             f"- LoRA-A read-out: last layer, `{card.encoder_module}`; step {card.step}",
             f"- decision threshold of p(match): {card.threshold:.4f}; at most {card.max_length} tokens",

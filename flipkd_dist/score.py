@@ -24,6 +24,7 @@ class ScoreSummary:
     num_texts: int  # unique
     num_new: int  # texts that were encoded now
     seconds: float
+    is_whole: bool = True  # False: a shard turned out to be damaged, its texts are to be scored again
 
 
 def score_shard(teacher: Encoder, store: Store, batch_size: int, texts: list[str]) -> int:
@@ -66,14 +67,13 @@ def score(
                 num_new += num_done
                 bar.update(num_done)
     assert num_new == missing.num_missing, f"{num_new} of {missing.num_missing} texts were scored"
-    if not missing.published:
-        store.publish()
+    is_whole = missing.published or store.publish()
     seconds = time.monotonic() - start
     if missing.published:
         logger.info("%s store: all %d texts are there, nothing to do", name, missing.num_texts)
     else:
         logger.info("%s store: %d of %d texts are new, %.1f s", name, num_new, missing.num_texts, seconds)
-    return ScoreSummary(missing.num_texts, num_new, seconds)
+    return ScoreSummary(missing.num_texts, num_new, seconds, is_whole)
 
 
 class _Missing:

@@ -5,22 +5,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.contradictions import ContradictoryPair, ContradictoryPairs
+from flipkd_dist.cross_encoder import CrossEncoderSource
 from flipkd_dist.errors import UserError
 from flipkd_dist.noise_html import write_html
 from flipkd_dist.noise_report import noise_report
+from flipkd_dist.pair_stream import PairStream
+from flipkd_dist.preflight import Inputs
 from flipkd_dist.ray_pool import map_on_actors
 from flipkd_dist.score import score
 from flipkd_dist.store import Store, StoreReader
 from flipkd_dist.teacher_source import TeacherSource
+from flipkd_dist.teacher_stage import calibrate, fill_pair_store, off_diagonal_sample, open_signals
 
 logger = logging.getLogger("flipkd_dist")
 NUM_OFF_DIAGONAL = 100_000  # sampled pairs of first and second texts, to see what the filter keeps
+ATTEMPTS = 3  # at a store whose shards turn out to be damaged
 CHUNK = 8192  # pairs that are looked up at a time
 
 Pair = tuple[str, str, int, str]  # first text, second text, label, id
@@ -31,22 +35,60 @@ SimilarityOf = Callable[[list[str], list[str]], np.ndarray]  # k first and k sec
 class Job:
     """A store to fill: that of single texts, or one of pair scores, whose texts are `store.pair_text`."""
 
-    source: TeacherSource
+    source: TeacherSource | CrossEncoderSource
     store: Store
     texts: Callable[[], Iterable[str]]  # a new pass at each call
     total: int | None  # unique texts, where known
     name: str = "teacher"
 
 
-def fill_stores(config: RunConfig, jobs: list[Job]) -> None:
-    """Score what the stores lack, on the pool, one store after the other.
+def fill_store(config: RunConfig, job: Job) -> None:
+    """Score on the pool what the store lacks.
 
     Raises:
-        UserError: a node does not see the stores, no actor starts, or as raised in an actor.
+        UserError: a node does not see the store, no actor starts, or as raised in an actor.
+        RuntimeError: shards come back damaged from the disk again and again.
     """
-    for job in jobs:
-        mapper = partial(map_on_actors, job.source, job.store, config.distributed.timeout_s)
-        score(job.texts(), job.store, mapper, job.total, job.name)
+    mapper = partial(map_on_actors, job.source, job.store, config.distributed.timeout_s)
+    for _ in range(ATTEMPTS):
+        if score(job.texts(), job.store, mapper, job.total, job.name).is_whole:
+            return
+    raise RuntimeError(f"{job.store.folder}: shards just written cannot be read: check the disk")
+
+
+def score_tables(inputs: Inputs) -> None:
+    """The stage for pairs in memory: stores filled, curves fitted, report told.
+
+    Raises:
+        UserError: besides, L_MCL would have nothing to learn from.
+    """
+    config, train = inputs.config, inputs.splits["train"]
+    if inputs.teacher is not None:
+        fill_store(config, Job(inputs.teacher, inputs.store, lambda: inputs.texts, len(inputs.texts)))
+    fill_pair_store(
+        inputs, lambda texts: fill_store(config, Job(inputs.pair_source, inputs.pair_store, texts, None, "pairs"))
+    )
+    calibrate(inputs)
+    worst, similarity = ContradictoryPairs(), open_signals(inputs, "train").of_pairs()
+    texts_a, texts_b = ([train.texts[number] for number in side.tolist()] for side in (train.text_a, train.text_b))
+    worst.add(similarity, train.label, texts_a, texts_b, train.ids)
+    off_diagonal = off_diagonal_sample(inputs, NUM_OFF_DIAGONAL)
+    tell(inputs, Similarities(similarity, train.label, off_diagonal, worst.worst()), len(inputs.texts))
+
+
+def score_streams(inputs: Inputs, pairs: PairStream, num_texts: int) -> None:
+    """The stage for any number of pairs, read again for each pass; the teacher is one of single texts.
+
+    Args:
+        inputs: without tables.
+        pairs: after a pass over their texts.
+    Raises:
+        UserError: as `score_tables`.
+    """
+    fill_store(inputs.config, Job(inputs.teacher, inputs.store, pairs.texts, num_texts))
+    labelled = ((pair.text_a, pair.text_b, pair.label, pair.id) for pair in pairs.pairs("train"))
+    num_pairs, seed = pairs.num_pairs["train"], inputs.config.seed
+    tell(inputs, similarities(labelled, num_pairs, cosines(inputs.store.open()), seed), num_texts)
 
 
 def cosines(reader: StoreReader) -> SimilarityOf:
@@ -100,33 +142,38 @@ def similarities(pairs: Iterable[Pair], num_pairs: int, similarity_of: Similarit
     return Similarities(similarity, label, np.concatenate(off_diagonal), worst.worst())
 
 
-def facts_of(config: RunConfig, store: Store, num_texts: int) -> dict[str, str]:
+def _facts(inputs: Inputs, num_texts: int) -> dict[str, str]:
     """What a report says of the teacher."""
-    named, spec = config.teacher.model_name_or_path, store.spec
+    teacher, store = inputs.config.teacher, inputs.store or inputs.pair_store
+    named = (teacher.model_name_or_path, teacher.cross_encoder, teacher.scores)
+    names = [name for one in named if one for name in ([one] if isinstance(one, str) else one)]
     return {
-        "teacher": " and ".join(named) if isinstance(named, list) else str(named),
-        "fingerprint": spec.teacher_fingerprint[:12],
-        "pooling": spec.pooling,
+        "teacher": " and ".join(names),
+        "fingerprint": store.spec.teacher_fingerprint[:12],
+        "pooling": store.spec.pooling,
         "texts": f"{num_texts:,}",
+        "scale": "cosine" if inputs.pair_source is None else inputs.pair_source.scale,
+        "calibrated": "yes" if teacher.calibrate else "no",
     }
 
 
-def tell(config: RunConfig, found: Similarities, facts: dict[str, str], page: Path) -> None:
+def tell(inputs: Inputs, found: Similarities, num_texts: int) -> None:
     """Print what the noise filter makes of the similarities, and write it as a page.
 
-    Args:
-        facts: of the teacher, to stand in the report.
     Raises:
         UserError: the filter leaves L_MCL nothing to learn from.
     """
+    config, page = inputs.config, inputs.folder.report
     threshold = config.loss.threshold
-    made = noise_report(found.similarity, found.label, found.off_diagonal, threshold, found.worst, facts)
+    made = noise_report(
+        found.similarity, found.label, found.off_diagonal, threshold, found.worst, _facts(inputs, num_texts)
+    )
     for line in made.lines():
         logger.info(line)
     write_html(made, page)
     logger.info("the same with plots and the most contradictory pairs: %s", page)
-    if config.loss.mcl_weight > 0 and not made.configured_shares().off_diagonal:
+    if loss.mcl_weight > 0 and not made.configured_shares().off_diagonal:
         raise UserError(
-            f"loss.threshold: {threshold} keeps no off-diagonal negative of this teacher, so that "
+            f"loss.threshold: {loss.threshold} keeps no off-diagonal negative of this teacher, so that "
             "L_MCL would learn nothing: lower it or set loss.mcl_weight to 0"
         )

@@ -18,7 +18,7 @@ from flipkd_dist.engine import Engine
 from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum, supervised_sum
 from flipkd_dist.order import rows_of_rank
 from flipkd_dist.packing import PackedBatch
-from flipkd_dist.pairs import PairTable
+from flipkd_dist.signals import TeacherSignals
 from flipkd_dist.world import World
 
 LOSSES = ("sup", "dist", "mcl")
@@ -53,20 +53,12 @@ class MicroStep:
 
 
 class TrainingStep:
-    def __init__(
-        self,
-        engine: Engine,
-        world: World,
-        pairs: PairTable,
-        vectors: np.ndarray,
-        make_batch: BatchMaker,
-        loss: LossConfig,
-    ):
+    def __init__(self, engine: Engine, world: World, signals: TeacherSignals, make_batch: BatchMaker, loss: LossConfig):
         """
         Args:
-            vectors: [texts, d] unit vectors of the teacher, a row for each of `pairs.texts`.
+            signals: the training pairs and the teacher's word on them.
         """
-        self.engine, self.world, self.pairs, self.vectors = engine, world, pairs, vectors
+        self.engine, self.world, self.signals, self.pairs = engine, world, signals, signals.pairs
         self.make_batch, self.loss = make_batch, loss
         self.weights = torch.tensor([loss.sup_weight, loss.dist_weight, loss.mcl_weight], dtype=torch.float64)
 
@@ -78,7 +70,7 @@ class TrainingStep:
         shares = [rows_of_rank(len(batch), rank, self.world.size) for rank in range(self.world.size)]
         own, pairs = shares[self.world.rank], self.pairs
         directions = [
-            contrast_rows(pairs, self.vectors, batch, own, self.loss.threshold, swap)
+            contrast_rows(self.signals, batch, own, self.loss.threshold, swap)
             for swap in ([False, True] if self.loss.mcl_symmetric else [False])
         ]
         texts = [(pairs.texts[pairs.text_a[pair]], pairs.texts[pairs.text_b[pair]]) for pair in batch[own]]

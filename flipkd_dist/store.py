@@ -117,12 +117,14 @@ class Store:
         stored = np.ascontiguousarray(vectors, self.spec.numbers)
         return write_shard(self.folder, self.spec, Shard.of(keys_of(texts), stored))
 
-    def publish(self, rebuild: bool = False) -> None:
+    def publish(self, rebuild: bool = False) -> bool:
         """Give readers every complete shard; does nothing where they have it (unless `rebuild`).
 
         A shard that cannot be read is set aside with a warning: its texts count as missing from then on. One shard is
         in memory at a time, and some 36 bytes a text while the keys are sorted.
 
+        Returns:
+            Whether every shard could be read.
         Raises:
             UserError: the disk is full; what was published stays.
         """
@@ -132,6 +134,7 @@ class Store:
             if rebuild or index is None or published != set(shards):
                 self.publish_only(list(shards))
             self._sweep()
+            return shards.keys() <= self.shards().keys()
 
     def publish_only(self, names: list[str]) -> None:
         """Give readers these shards and no others; the caller keeps other publishers away (`one_at_a_time`)."""

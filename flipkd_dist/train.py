@@ -12,10 +12,11 @@ from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
 from flipkd_dist.metric_log import MetricLog
-from flipkd_dist.order import Order
+from flipkd_dist.order import training_order
 from flipkd_dist.progress import Progress
 from flipkd_dist.step import TrainingStep
 from flipkd_dist.stop import StopRequest
+from flipkd_dist.teacher_stage import open_signals
 from flipkd_dist.verify import check_first_forward
 from flipkd_dist.workbench import Workbench, build
 
@@ -30,13 +31,9 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     """
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
-    pairs = inputs.splits["train"]
-    step = TrainingStep(engine, world, pairs, inputs.store.open().vectors(pairs.texts), bench.make_batch, config.loss)
-    contrast_batch = config.train.per_device_train_batch_size * world.size
-    order = Order(len(pairs), contrast_batch, config.train.gradient_accumulation_steps, config.seed)
-    num_steps = (
-        config.train.max_steps if config.train.max_steps > 0 else config.train.num_train_epochs * order.steps_per_epoch
-    )
+    signals = open_signals(inputs, "train")
+    step = TrainingStep(engine, world, signals, bench.make_batch, config.loss)
+    order, num_steps = training_order(config, len(signals.pairs), world.size)
     learning_rate = schedule(config, num_steps)
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id)
     progress = Progress(bench, order, num_steps, log)

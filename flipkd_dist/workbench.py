@@ -63,7 +63,7 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         inputs.base_folder,
         config.student,
         inputs.encoder.answer_ids,
-        inputs.teacher.largest_hidden_size,
+        inputs.lora_rank,
         config.seed,
         dtype,
         config.train.gradient_checkpointing,

@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and pairs for the tests, built from configurations; nothing is downloaded."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    BertTokenizer,
     Glm4Config,
     GlmConfig,
     LlamaConfig,
@@ -25,7 +28,10 @@ from flipkd_dist.pairs import PairTable
 from flipkd_dist.preflight import check_inputs
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.score import score, score_shards_here
+from flipkd_dist.signals import TeacherSignals, TextTeacher
+from flipkd_dist.store import pair_text
 from flipkd_dist.student import Student, load_student
+from flipkd_dist.teacher_stage import calibrate, fill_pair_store
 
 WORDS = [
     "card",
@@ -179,6 +185,20 @@ def save_teacher(folder: Path, hidden_size: int = 16, seed: int = 1) -> Path:
     return folder
 
 
+def save_cross_encoder(folder: Path, num_labels: int = 1, seed: int = 11, **config) -> Path:
+    """A random BERT that scores pairs, with weights wide enough for scores that differ."""
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    settings = dict(
+        vocab_size=len(vocabulary), max_position_embeddings=48, initializer_range=0.5, num_labels=num_labels
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        BertForSequenceClassification(BertConfig(**settings | shape | config)).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return folder
+
+
 def pair_table(num_pairs: int, seed: int = 0, **lengths) -> PairTable:
     """Random pairs, some texts in several; three labels of four agree with the cosine of `unit_vectors`."""
     generator = np.random.default_rng(seed)
@@ -220,9 +240,48 @@ def write_pairs(path: Path, count: int, seed: int) -> str:
     return str(path)
 
 
+class ArrayReader:
+    """Vectors of a table's texts in memory, in place of a store's reader."""
+
+    def __init__(self, vectors: np.ndarray):
+        self.vectors = vectors
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        assert len(texts) == len(self.vectors)
+        return np.arange(len(texts))
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        return self.vectors[rows]
+
+
+class PairReader:
+    """Scores of pairs in memory, in place of a store's reader; asked for another it raises KeyError."""
+
+    def __init__(self, scores: dict[tuple[str, str], float]):
+        self.numbers = {pair_text(*pair): row for row, pair in enumerate(scores)}
+        self.scores = np.array(list(scores.values()), np.float32)
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.numbers[text] for text in texts], np.int64)
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        return self.scores[rows, None]
+
+
+def signals_of(pairs: PairTable, vectors: np.ndarray) -> TeacherSignals:
+    """A teacher of texts with the vectors [texts, d]."""
+    return TeacherSignals(pairs, TextTeacher(ArrayReader(vectors)))
+
+
 def fill_store(config: RunConfig) -> None:
-    """Score every text of the run here, without Ray."""
+    """All that the stage `score` does with the teacher, here and without Ray."""
     inputs = check_inputs(config)
     inputs.folder.open()
-    teacher = inputs.teacher.load()
-    score(inputs.texts, inputs.store, score_shards_here(teacher, inputs.store))
+
+    def score_here(source, store, texts) -> None:
+        score(texts(), store, score_shards_here(source.load(), store))
+
+    if inputs.teacher is not None:
+        score_here(inputs.teacher, inputs.store, lambda: inputs.texts)
+    fill_pair_store(inputs, partial(score_here, inputs.pair_source, inputs.pair_store))
+    calibrate(inputs)

@@ -9,7 +9,7 @@ import torch
 import zero
 from gang import run_gang
 from peft import LoraConfig, get_peft_model
-from tiny import pair_table, save_student, started_student, unit_vectors
+from tiny import pair_table, save_student, signals_of, started_student, unit_vectors
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from zero import SGD, start_engine
@@ -40,7 +40,7 @@ def train(engine, encoder):
     """The losses of five updates by SGD without clipping; LoRA at the end."""
     world, pairs = World.current(), pair_table(22)
     make_batch = BatchMaker(encoder, engine.student, share_prefix=True)
-    step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, LOSS)
+    step = TrainingStep(engine, world, signals_of(pairs, unit_vectors(len(pairs.texts))), make_batch, LOSS)
     order = Order(len(pairs), 8, 1, seed=3)
     engine.student.train()
     losses = []

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from gang import run_gang
-from tiny import WORDS, pair_table, save_student, unit_vectors
+from tiny import WORDS, PairReader, pair_table, save_student, signals_of, unit_vectors
 from zero import SGD, start_engine
 
 from flipkd_dist import batches
 from flipkd_dist.base import shares_prefix
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.calibration import Meaning
 from flipkd_dist.config import LossConfig
 from flipkd_dist.order import Order
 from flipkd_dist.packing import _balance
 from flipkd_dist.pairs import PairTable
+from flipkd_dist.signals import PairTeacher, TeacherSignals
 from flipkd_dist.step import TrainingStep, summarise
 from flipkd_dist.world import World
 
@@ -29,15 +31,33 @@ LOSS = LossConfig(dist_weight=0.7, mcl_weight=0.9, margin=0.3, threshold=0.5)
 ADAMW = partial(torch.optim.AdamW, lr=0.0, weight_decay=0.1)
 
 
-def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, clip=0.0, rate=0.5, loss=LOSS):
-    """Two updates. Losses, unclipped gradients of each, the weights at the end, and the shapes of the work."""
+def of_vectors(pairs) -> TeacherSignals:
+    return signals_of(pairs, unit_vectors(len(pairs.texts)))
+
+
+def train(
+    folder,
+    pairs,
+    stage,
+    contrast_batch,
+    accumulation=1,
+    optimizer=SGD,
+    clip=0.0,
+    rate=0.5,
+    loss=LOSS,
+    teacher=of_vectors,
+):
+    """Two updates, taught by `teacher(pairs)`.
+
+    Losses, unclipped gradients of each, the weights at the end, and the shapes of the work.
+    """
     world = World.current()
     engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
     student = engine.student
     make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
-    step = TrainingStep(engine, world, pairs, unit_vectors(len(pairs.texts)), make_batch, loss)
+    step = TrainingStep(engine, world, teacher(pairs), make_batch, loss)
     order = Order(len(pairs), contrast_batch, accumulation, seed=3)
-    result = {"losses": [], "gradients": [], "norms": [], "packs": [], "rows": [], "anchors": []}
+    result = {"losses": [], "gradients": [], "norms": [], "packs": [], "rows": [], "anchors": [], "kept": []}
     for number in range(2):
         micro_steps = step.prepare(order.contrast_batches(number))
         counts = step.counts(micro_steps)
@@ -47,6 +67,7 @@ def train(folder, pairs, stage, contrast_batch, accumulation=1, optimizer=SGD, c
         result["norms"].append(engine.step(rate))
         result["packs"].append([len(micro.batch.input_ids) for micro in micro_steps])
         result["rows"].append([len(micro.directions[0].labels) for micro in micro_steps])
+        result["kept"].append(counts[1].item())
         result["anchors"].append([int(micro.directions[0].anchor.sum()) for micro in micro_steps])
     result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
     if stage == 3:
@@ -118,6 +139,24 @@ def test_symmetric_contrast(folder):
     one_way, _ = compare(folder, pair_table(14), 3, 2, 8)
     both_ways, _ = compare(folder, pair_table(14), 3, 2, 8, loss=loss)
     assert abs(one_way["losses"][0][3] - both_ways["losses"][0][3]) > 1e-3
+
+
+def of_neighbours(pairs) -> TeacherSignals:
+    """Scores of every pair, of which the teacher may use the labelled ones and three columns of each row."""
+    generator, texts = np.random.default_rng(1), pairs.texts
+    logits = {(one, other): generator.normal(-1, 2) for one in texts for other in texts}
+    for one, other, label in zip(pairs.text_a, pairs.text_b, pairs.label, strict=True):
+        logits[texts[one], texts[other]] += 4 * label
+    return TeacherSignals(pairs, scored=PairTeacher(PairReader(logits), Meaning("logit"), neighbours=3))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entries_that_the_teacher_does_not_know(folder, symmetric):
+    """A cross-encoder with neighbours: most of the matrix is in no loss, and the counts of all ranks say so."""
+    loss = LossConfig(dist_weight=0.7, mcl_weight=0.9, margin=0.3, mcl_symmetric=symmetric)
+    expected, ranks = compare(folder, pair_table(14), 3, 2, 8, loss=loss, teacher=of_neighbours)
+    assert np.all(np.array(expected["losses"]) > 0.01) and max(expected["kept"]) < 8 * 5
+    assert all(rank["kept"] == expected["kept"] for rank in ranks)
 
 
 def long_and_short_pairs() -> PairTable:

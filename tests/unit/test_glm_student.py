@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft_reference import CARD
 from safetensors.torch import load_file
-from tiny import pair_table, save_student, save_teacher, sentences, started_student, unit_vectors
+from tiny import pair_table, save_student, save_teacher, sentences, signals_of, started_student, unit_vectors
 
 from flipkd_dist.adapter import Probe, save_adapter
 from flipkd_dist.batches import BatchMaker
@@ -158,7 +158,9 @@ def test_two_steps_of_training(folder, checkpointing):
     engine = PlainEngine(student.train(), lambda parameters: torch.optim.SGD(parameters, lr=0.0), 0.0)
     pairs = pair_table(16)
     make_batch = BatchMaker(encoder, student, share_prefix=False)
-    step = TrainingStep(engine, World(), pairs, unit_vectors(len(pairs.texts)), make_batch, LossConfig(mcl_weight=1.0))
+    step = TrainingStep(
+        engine, World(), signals_of(pairs, unit_vectors(len(pairs.texts))), make_batch, LossConfig(mcl_weight=1.0)
+    )
     before = engine.lora_state()
     for number in range(2):
         micro_steps = step.prepare(Order(16, 8, 1, seed=3).contrast_batches(number))

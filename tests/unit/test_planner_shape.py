@@ -1,7 +1,7 @@
 """What the planner counts of large models, on the meta device and without weights."""
 
 import pytest
-from transformers import BertConfig, Glm4Config, GlmConfig, GPT2Config, Qwen2Config, Qwen3Config
+from transformers import BertConfig, Glm4Config, GlmConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.errors import UserError
@@ -97,3 +97,19 @@ def test_mistakes_are_one_line(tmp_path):
     Qwen2Config(**QWEN_7B).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"^student\.lora_target_modules: .* name linear layers"):
         shape_of(tmp_path, StudentConfig(model_name_or_path="x", lora_target_modules=["nowhere"]), 8)
+
+
+def test_the_rank_comes_from_the_bi_encoder_then_from_the_cross_encoder(tmp_path):
+    """As in a run: `preflight.Inputs.lora_rank`."""
+    for name, width in (("bi", 32), ("cross", 48)):
+        BertConfig(hidden_size=width, num_attention_heads=2).save_pretrained(tmp_path / name)
+    LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100).save_pretrained(tmp_path)
+
+    def lora_sizes(**teacher):
+        names = {key: str(tmp_path / name) for key, name in teacher.items()}
+        student = {"model_name_or_path": str(tmp_path)}
+        return student_shape(RunConfig.model_validate({"name": "x", "teacher": names, "student": student})).lora
+
+    bi, cross = lora_sizes(model_name_or_path="bi"), lora_sizes(cross_encoder="cross")
+    assert cross == bi * 48 / 32
+    assert lora_sizes(model_name_or_path="bi", cross_encoder="cross") == bi

@@ -206,7 +206,7 @@ def test_an_unfinished_teaching_is_refused(models, tmp_path):
     with pytest.raises(UserError, match="not finished: go on with `flipkd teach`"):
         text_teacher(settings)
     as_taught(settings, models)  # killed between the rename and the removal of the checkpoints
-    assert text_teacher(settings).folders == (taught_path(settings),)
+    assert text_teacher(settings).folders == [taught_path(settings)]
 
 
 def test_the_newest_marked_checkpoint_of_the_same_inputs_counts(tmp_path):

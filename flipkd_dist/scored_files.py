@@ -1,0 +1,163 @@
+"""Files of scored pairs as the teacher: canonical records with a column `score`, or FlagEmbedding's JSONL.
+
+Shapes: K scored pairs whose texts both belong to the run, T texts of the run.
+"""
+
+import hashlib
+import logging
+import math
+import reprlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flipkd_dist.calibration import RANGES
+from flipkd_dist.config import DataConfig, TeacherConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.pair_fields import Record, require_column, text_of
+from flipkd_dist.pair_files import file_format, place, read_records
+from flipkd_dist.store import StoreSpec, normalised
+
+logger = logging.getLogger("flipkd_dist")
+KEY = "teacher.scores"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPairs:
+    """The files' scores of pairs of the run's texts; the pairs are unique."""
+
+    spec: StoreSpec
+    scale: str  # cosine, probability or logit
+    texts: list[str]  # [T] normalised, unique
+    first: np.ndarray  # [K] int64, numbers into texts
+    second: np.ndarray  # [K] int64
+    scores: np.ndarray  # [K] float32
+
+
+def number_of(value: object, column: str) -> float:
+    """A finite number, or a text of one."""
+    try:
+        number = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{column} is {reprlib.repr(value)}: write a number")
+    return number
+
+
+def scored_pairs_of(record: Record, data: DataConfig) -> Iterator[tuple[str, str, float]]:
+    """(first text, second text, score) of every pair in a record; FlagEmbedding's hold several."""
+    if "query" not in record or not {"pos", "neg"} & record.keys():
+        texts = text_of(record, data.text_a, "data.text_a"), text_of(record, data.text_b, "data.text_b")
+        require_column(record, "score", KEY)
+        yield *texts, number_of(record["score"], "score")
+        return
+    query = text_of(record, "query", KEY)
+    for side in ("pos", "neg"):
+        texts, scores = record.get(side) or [], record.get(f"{side}_scores") or []
+        if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
+            raise UserError(f"{side} and {side}_scores must be lists of one length: score every text of {side}")
+        for text, score in zip(texts, scores, strict=True):
+            yield query, text_of({side: text}, side, KEY), number_of(score, f"{side}_scores")
+
+
+def _paths(names: str | list[str]) -> list[Path]:
+    paths = [names] if isinstance(names, str) else names
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file: check the path")
+    return [Path(path) for path in paths]
+
+
+def _fingerprint(paths: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(f"{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_scored_pairs(settings: TeacherConfig, data: DataConfig, texts: Sequence[str]) -> ScoredPairs:
+    """The files' scores of pairs whose texts are both among `texts`; other records are checked and passed over.
+
+    Raises:
+        UserError: anything wrong with the files, with the line at fault.
+    """
+    try:
+        return _read(_paths(settings.scores), settings.scale, data, texts)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from None
+
+
+def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str]) -> ScoredPairs:
+    numbers: dict[str, int] = {}
+    for text in texts:
+        numbers.setdefault(normalised(text), len(numbers))
+    keys, scores, lines, ends = array("q"), array("f"), array("q"), []
+    lowest, highest = (math.inf, ""), (-math.inf, "")
+    for path in paths:
+        where = ""
+        for line, where, first, second, score in _scored_pairs(path, data):
+            lowest, highest = min(lowest, (score, where)), max(highest, (score, where))
+            row, column = numbers.get(normalised(first)), numbers.get(normalised(second))
+            if row is not None and column is not None:
+                keys.append(row * len(numbers) + column)
+                scores.append(score)
+                lines.append(line)
+        if not where:
+            raise UserError(f"{path}: no scored pairs in it: add some or name another file")
+        ends.append(len(keys))
+
+    def name(entry: int) -> str:
+        path = paths[bisect_right(ends, entry)]
+        return place(path, lines[entry], file_format(path))
+
+    unique, values = _unique(np.array(keys), np.array(scores), name)
+    spec = StoreSpec(_fingerprint(paths), "scores", 1, hidden_size=1, dtype="float32")
+    scale = _scale(scale, lowest, highest)
+    return ScoredPairs(spec, scale, list(numbers), *np.divmod(unique, max(len(numbers), 1)), values)
+
+
+def _scored_pairs(path: Path, data: DataConfig) -> Iterator[tuple[int, str, str, str, float]]:
+    """(line, where it is, first text, second text, score) of every scored pair of a file."""
+    format = file_format(path)
+    for line, record in read_records(path, format):
+        where = place(path, line, format)
+        try:
+            for pair in scored_pairs_of(record, data):
+                yield line, where, *pair
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _unique(keys: np.ndarray, scores: np.ndarray, name: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
+    """Each pair once, sorted by its key; a pair with two different scores is an error."""
+    order = np.argsort(keys, kind="stable")
+    keys, scores = keys[order], scores[order]
+    again = np.flatnonzero((keys[1:] == keys[:-1]) & (scores[1:] != scores[:-1]))
+    if len(again):
+        one, other = name(order[again[0]]), name(order[again[0] + 1])
+        raise UserError(f"{one} and {other} give one pair two different scores: remove one")
+    first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+    return keys[first], scores[first]
+
+
+def _scale(declared: str, lowest: tuple[float, str], highest: tuple[float, str]) -> str:
+    """The declared scale if every score has it; `auto` means probabilities where they all can be such."""
+    low, high, slack = RANGES["probability" if declared == "auto" else declared]
+    for score, where in (lowest, highest):
+        if not low - slack <= score <= high + slack:
+            raise UserError(
+                f"{where}: the score {score:g} lies outside [{low:g}, {high:g}]: set teacher.scale to "
+                + ("cosine or logit" if declared == "auto" else f"what the scores are, {declared} they are not")
+            )
+    if declared == "auto":
+        logger.info("%s: all scores lie in [0, 1] and are taken as probabilities (teacher.scale)", KEY)
+        return "probability"
+    return declared
