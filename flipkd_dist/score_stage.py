@@ -163,11 +163,8 @@ def tell(inputs: Inputs, found: Similarities, num_texts: int) -> None:
     Raises:
         UserError: the filter leaves L_MCL nothing to learn from.
     """
-    config, page = inputs.config, inputs.folder.report
-    threshold = config.loss.threshold
-    made = noise_report(
-        found.similarity, found.label, found.off_diagonal, threshold, found.worst, _facts(inputs, num_texts)
-    )
+    loss, page, facts = inputs.config.loss, inputs.folder.report, _facts(inputs, num_texts)
+    made = noise_report(found.similarity, found.label, found.off_diagonal, loss.threshold, found.worst, facts)
     for line in made.lines():
         logger.info(line)
     write_html(made, page)

@@ -1,7 +1,6 @@
 """What `flipkd teach` refuses before it starts, and how a run finds the teacher that was made."""
 
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -149,8 +148,7 @@ def test_a_taught_teacher_takes_the_place_of_the_named_one(models, tmp_path):
         after.folder.check_trained(after.digest("train"))
 
 
-def test_the_taught_teacher_is_said_once_and_other_settings_of_teach_too(models, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+def test_the_taught_teacher_is_said_once_and_other_settings_of_teach_too(models, tmp_path, caplog):
     caplog.set_level("INFO", "flipkd_dist")
     settings = config(models, tmp_path)
     preflight.RunFolder(settings).open()
