@@ -45,6 +45,7 @@ class StepProfiler:
         self.done += 1
         if self.wanted and self.done == self.first:
             gpu = [ProfilerActivity.CUDA] if self.world.device.type == "cuda" else []
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would announce itself on stderr
             self.running = profile(activities=[ProfilerActivity.CPU, *gpu])
             self.running.start()
         with record_function(f"step {self.done} of this process"):

@@ -64,17 +64,15 @@ class TrainingStep:
         vectors: np.ndarray,
         make_batch: BatchMaker,
         loss: LossConfig,
-        clock: Clock = no_clock,
     ):
         """
         Args:
             vectors: [texts, d] unit vectors of the teacher, a row for each of `pairs.texts`.
-            clock: told which phase begins and ends; it changes nothing.
         """
-        self.clock = clock
         self.engine, self.world, self.pairs, self.vectors = engine, world, pairs, vectors
         self.make_batch, self.loss = make_batch, loss
         self.weights = torch.tensor([loss.sup_weight, loss.dist_weight, loss.mcl_weight], dtype=torch.float64)
+        self.clock: Clock = no_clock  # told which phase begins and ends; it changes nothing
 
     def prepare(self, batches: list[np.ndarray]) -> list[MicroStep]:
         """This rank's part of an optimizer step whose contrast batches are `batches` (pair numbers)."""

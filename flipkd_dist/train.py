@@ -34,9 +34,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
     pairs = inputs.splits["train"]
-    vectors = inputs.store.open().vectors(pairs.texts)
-    clock = PhaseClock.of(world.device)
-    step = TrainingStep(engine, world, pairs, vectors, bench.make_batch, config.loss, clock)
+    step = TrainingStep(engine, world, pairs, inputs.store.open().vectors(pairs.texts), bench.make_batch, config.loss)
+    clock = step.clock = PhaseClock.of(world.device)
     contrast_batch = config.train.per_device_train_batch_size * world.size
     order = Order(len(pairs), contrast_batch, config.train.gradient_accumulation_steps, config.seed)
     num_steps = (
