@@ -149,6 +149,7 @@ class TrainConfig(Section):
     eval_steps: Positive | None = None  # optimizer steps; null: save_steps, then an epoch
     logging_steps: Positive = 10  # optimizer steps
     keep_checkpoints: Positive = 5
+    profile: bool = False  # PyTorch's trace of a few steps from every rank
 
 
 class DistributedConfig(Section):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flipkd_dist.config import RunConfig
+from flipkd_dist.meter import Meter
 from flipkd_dist.order import Order
 from flipkd_dist.run_folder import write_whole
 from flipkd_dist.step import LOSSES, SUMS, summarise
@@ -22,11 +23,14 @@ logger = logging.getLogger("flipkd_dist")
 class MetricLog:
     """Gathers steps into lines of metrics.jsonl, of the console and of MLflow."""
 
-    def __init__(self, config: RunConfig, world: World, path: Path, num_steps: int, mlflow_run_id: str | None):
+    def __init__(
+        self, config: RunConfig, world: World, path: Path, num_steps: int, mlflow_run_id: str | None, meter: Meter
+    ):
         """`path` is that of metrics.jsonl; rank 0 alone writes."""
         self.config, self.world, self.path, self.num_steps = config, world, path, num_steps
+        self.meter = meter
         self.tracker = RunLogger(tracking_uri(config), mlflow_run_id if world.is_main else None)
-        self.start = self.window_start = time.monotonic()
+        self.start = time.monotonic()
         self.first = 0  # optimizer steps done before this process
         self.num_truncated = self.num_pairs = 0.0
         self.counts = torch.zeros(len(LOSSES), dtype=torch.float64)
@@ -50,7 +54,11 @@ class MetricLog:
         if self.world.is_main:  # they are summed over ranks already
             self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self.num_truncated, self.num_pairs = state["cut"]
-        self.start = self.window_start = time.monotonic()
+
+    def start_clock(self) -> None:
+        """The loop over steps begins: loading and what a resume had to do first count for nothing."""
+        self.start = time.monotonic()
+        self.meter.start()
 
     def state(self) -> dict[str, list[float]]:
         """What has been added since the last line, over all ranks; every rank must call it."""
@@ -68,21 +76,23 @@ class MetricLog:
         """One optimizer step's counts (global) and sums (this rank's); logged every `logging_steps`."""
         self.counts += counts
         self.sums += sums.cpu()
+        self.meter.add(counts[0].item(), sums[SUMS.index("tokens")].item())
         config, world = self.config, self.world
         if step % config.train.logging_steps and step != self.num_steps and step != 1:
             return
-        sums, now = world.sum(self.sums.to(world.device)).cpu(), time.monotonic()
+        own = torch.cat([self.sums, self.meter.take()])
+        with self.meter.clock("communication"):
+            both = world.sum(own.to(world.device)).cpu()
+        sums, measured = both[: len(SUMS)], both[len(SUMS) :]
         values = summarise(self.counts, sums, config.loss)
-        tokens = sums[SUMS.index("tokens")].item()
         values |= {
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "epoch": step / order.steps_per_epoch,
-            "pairs_per_second": self.counts[0].item() / (now - self.window_start),
-            "tokens_per_second": tokens / (now - self.window_start),
+            **self.meter.values(measured),
         }
         self.write(step, values)
-        eta = (now - self.start) / (step - self.first) * (self.num_steps - step)
+        eta = (time.monotonic() - self.start) / (step - self.first) * (self.num_steps - step)
         logger.info(
             "train %d/%d: loss %.4f (sup %.4f, dist %.4f, mcl %.4f), %.0f pairs/s, ETA %d:%02d",
             step,
@@ -100,7 +110,6 @@ class MetricLog:
         self.num_pairs += self.counts[0].item()
         self.counts.zero_()
         self.sums.zero_()
-        self.window_start = now
 
     def _say_kept(self, sums: dict[str, float]) -> None:
         kinds = {"positives": "match", "negatives": "mismatch", "off_diagonal": "off_diagonal"}

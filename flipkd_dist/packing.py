@@ -38,6 +38,7 @@ class PackedBatch:
     answer_positions: Tensor  # [m] int64, into the flattened [R * L]
     num_tokens: int  # that are not padding
     num_truncated: int  # pairs that were cut to the maximum length
+    num_unpacked: int  # tokens, padding included, of the same pairs one a row: what packing is compared with
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         names = ("input_ids", "position_ids", "attention_mask", "segments", "answer_positions")
@@ -107,6 +108,7 @@ def pack(
         torch.from_numpy(answers),
         int((owner != PADDING).sum()),
         sum(pair.truncated for pair in pairs),
+        len(pairs) * (len(prefix) + max(len(pair.ids) for pair in pairs)),
     )
 
 

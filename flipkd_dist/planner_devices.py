@@ -59,6 +59,26 @@ DEVICES = {
     )
 }
 
+# As NVIDIA's driver calls them; whatever differs by a letter (A10G, H100 PCIe, a MIG slice) is another device.
+DRIVER_NAMES = {
+    "NVIDIA A10": "a10",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA H20": "h20",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
+
+def device_of_driver(name: str) -> Device | None:
+    """The device that the driver calls `name`; None where its data sheet is not here."""
+    return DEVICES.get(DRIVER_NAMES.get(name, ""))
+
 
 def find_device(name: str, memory_gib: float | None = None, tflops: float | None = None) -> Device:
     """The named device with its figures overridden.

@@ -30,6 +30,7 @@ NOT_DECISIVE = {
         "per_device_eval_batch_size",
         "logging_steps",
         "keep_checkpoints",
+        "profile",
     ),
 }
 
@@ -80,6 +81,7 @@ class RunFolder:
         self.teacher, self.adapter, self.checkpoints = (self.path / p for p in ("teacher", "adapter", "checkpoints"))
         self.metrics, self.metric_log = self.path / "metrics.json", self.path / "metrics.jsonl"
         self.report = self.teacher / "report.html"
+        self.profile = self.path / "profile"
         self.stop = self.path / "stop"  # asks a training to stop after its current step
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ and the engine averages over ranks, so the gradient is that of `sum_k weight_k *
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from flipkd_dist.engine import Engine
 from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum, supervised_sum
 from flipkd_dist.order import rows_of_rank
 from flipkd_dist.packing import PackedBatch
+from flipkd_dist.phases import Clock, no_clock
 from flipkd_dist.signals import TeacherSignals
 from flipkd_dist.world import World
 
@@ -40,6 +42,7 @@ SUMS = (
     "tokens",
     "padded_tokens",
     "truncated",
+    "unpacked_tokens",
 )
 
 
@@ -61,10 +64,12 @@ class TrainingStep:
         self.engine, self.world, self.signals, self.pairs = engine, world, signals, signals.pairs
         self.make_batch, self.loss = make_batch, loss
         self.weights = torch.tensor([loss.sup_weight, loss.dist_weight, loss.mcl_weight], dtype=torch.float64)
+        self.clock: Clock = no_clock  # told which phase begins and ends; it changes nothing
 
     def prepare(self, batches: list[np.ndarray]) -> list[MicroStep]:
         """This rank's part of an optimizer step whose contrast batches are `batches` (pair numbers)."""
-        return [self._prepare(batch) for batch in batches]
+        with self.clock("data"):
+            return [self._prepare(batch) for batch in batches]
 
     def _prepare(self, batch: np.ndarray) -> MicroStep:
         shares = [rows_of_rank(len(batch), rank, self.world.size) for rank in range(self.world.size)]
@@ -82,29 +87,35 @@ class TrainingStep:
         for micro in micro_steps:
             rows = micro.directions[0]
             own += torch.tensor([len(rows.labels), rows.keep.sum(), rows.anchor.sum()], dtype=torch.float64)
-        return self.world.sum(own.to(self.world.device)).cpu()
+        with self.clock("communication"):
+            return self.world.sum(own.to(self.world.device)).cpu()
 
     def backward(self, micro_steps: list[MicroStep], counts: Tensor) -> Tensor:
         """Forward and backward of every micro-step; this rank's sums, float64 [len(SUMS)]."""
         scale = (self.world.size * self.weights / counts.clamp(min=1)).to(self.world.device)
         total = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         for number, micro in enumerate(micro_steps, start=1):
-            losses, statistics = self._losses(micro)
-            self.engine.backward((losses * scale.to(losses.dtype)).sum(), last=number == len(micro_steps))
+            with self.clock("loss"):
+                losses, statistics = self._losses(micro)
+                loss = (losses * scale.to(losses.dtype)).sum()
+            with self.clock("backward"):
+                self.engine.backward(loss, last=number == len(micro_steps))
             total += torch.cat([losses.detach().double(), statistics])
         return total
 
     def _losses(self, micro: MicroStep) -> tuple[Tensor, Tensor]:
         """The three sums over this rank's rows [3], connected to the graph even when zero, and the statistics."""
         device, loss = self.world.device, self.loss
-        logits, readout_a, readout_b = self.engine.forward(**micro.batch.tensors(device))
+        sending = partial(self.clock, "communication")
+        with self.clock("forward"):
+            logits, readout_a, readout_b = self.engine.forward(**micro.batch.tensors(device))
         rows = micro.directions[0].to(device)
         real = len(rows.labels)  # a dummy pair is cut off here
         logits, readout_a, readout_b = logits[:real], readout_a[:real], readout_b[:real]
-        similarity = cosine_matrix(readout_a, self.world.gather_rows(readout_b, micro.rows_per_rank))
+        similarity = cosine_matrix(readout_a, self.world.gather_rows(readout_b, micro.rows_per_rank, sending))
         contrastive, margin_out = self._contrastive(similarity, rows)
         if loss.mcl_symmetric:
-            other = cosine_matrix(readout_b, self.world.gather_rows(readout_a, micro.rows_per_rank))
+            other = cosine_matrix(readout_b, self.world.gather_rows(readout_a, micro.rows_per_rank, sending))
             backwards, margin_out_backwards = self._contrastive(other, micro.directions[1].to(device))
             contrastive = (contrastive + backwards) / 2
             margin_out = margin_out + margin_out_backwards
@@ -154,6 +165,7 @@ class TrainingStep:
                     batch.num_tokens,
                     batch.input_ids.numel(),
                     batch.num_truncated,
+                    batch.num_unpacked,
                 )
             ]
         )
@@ -162,7 +174,8 @@ class TrainingStep:
         """One update. Returns the counts [3], this rank's sums [len(SUMS)] and the gradient's norm before clipping."""
         counts = self.counts(micro_steps)
         sums = self.backward(micro_steps, counts)
-        return counts, sums, self.engine.step(learning_rate)
+        with self.clock("optimizer"):
+            return counts, sums, self.engine.step(learning_rate)
 
 
 def summarise(counts: Tensor, sums: Tensor, loss: LossConfig) -> dict[str, float]:
@@ -194,4 +207,5 @@ def summarise(counts: Tensor, sums: Tensor, loss: LossConfig) -> dict[str, float
         "kept_negatives": share("kept_negatives", "num_mismatch"),
         "kept_off_diagonal": share("kept_off_diagonal", "num_off_diagonal"),
         "truncated_share": value["truncated"] / num_pairs,
+        "saved_tokens_share": 1 - value["padded_tokens"] / value["unpacked_tokens"],
     }

@@ -11,8 +11,11 @@ from flipkd_dist.adapter import AdapterCard, Probe, save_adapter
 from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
+from flipkd_dist.meter import Meter, linear_weights
 from flipkd_dist.metric_log import MetricLog
 from flipkd_dist.order import training_order
+from flipkd_dist.phases import ASIDE, PhaseClock
+from flipkd_dist.profiling import StepProfiler
 from flipkd_dist.progress import Progress
 from flipkd_dist.step import TrainingStep
 from flipkd_dist.stop import StopRequest
@@ -33,24 +36,33 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     inputs, world, engine = bench.inputs, bench.world, bench.engine
     signals = open_signals(inputs, "train")
     step = TrainingStep(engine, world, signals, bench.make_batch, config.loss)
+    clock = step.clock = PhaseClock.of(world.device)
     order, num_steps = training_order(config, len(signals.pairs), world.size)
     learning_rate = schedule(config, num_steps)
-    log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id)
+    meter = Meter(world, clock, linear_weights(engine.student), bench.dtype)
+    log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
     batch = bench.make_batch(progress.probes[: config.train.per_device_train_batch_size])
     check_first_forward(engine, world, batch, bench.load, config.train.verify)
-    with StopRequest(inputs.folder.stop).listening() as stop:
+    profiler = StepProfiler(inputs.folder.profile, world, config.train.profile, num_steps - first)
+    with StopRequest(inputs.folder.stop).listening() as stop, profiler.listening():
         engine.student.train()
+        log.start_clock()
         for number in range(first, num_steps):
-            micro_steps = step.prepare(order.contrast_batches(number))
-            rate = learning_rate(number)
-            log.add(number + 1, *step(micro_steps, rate), rate, order)
-            if number == 0:
-                idle = idle_tensors(bench)
-                log.check_first_update({name: v for name, v in engine.lora_state().items() if name not in idle})
-            stopping = stop.made(world) and number + 1 < num_steps
-            progress.save_if_due(number + 1, stopping)
+            with profiler.step():
+                micro_steps = step.prepare(order.contrast_batches(number))
+                rate = learning_rate(number)
+                done = step(micro_steps, rate)
+            log.add(number + 1, *done, rate, order)
+            with clock("communication"):
+                stopping = stop.made(world) and number + 1 < num_steps
+            with clock(ASIDE):
+                profiler.finish_if_due()
+                if number == 0:
+                    idle = idle_tensors(bench)
+                    log.check_first_update({name: v for name, v in engine.lora_state().items() if name not in idle})
+                progress.save_if_due(number + 1, stopping)
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped on request with a complete checkpoint of step {number + 1} of {num_steps}: "

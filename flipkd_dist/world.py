@@ -1,5 +1,7 @@
 """The processes of a run, and the few collectives the rest of the package uses; rank 0 of 1 needs no process group."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,16 +13,18 @@ class _AllGather(torch.autograd.Function):
     """Equal blocks of every rank, concatenated; the backward sums every rank's gradient of a block at its owner."""
 
     @staticmethod
-    def forward(ctx, block: Tensor) -> Tensor:
+    def forward(ctx, block: Tensor, sending: Callable[[], AbstractContextManager]) -> Tensor:
+        ctx.sending = sending
         blocks = [torch.empty_like(block) for _ in range(dist.get_world_size())]
         dist.all_gather(blocks, block)
         return torch.cat(blocks)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        with ctx.sending():
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()], None
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,25 @@ class World:
         """Whether `flag` holds on any rank; every rank must call it."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
-    def gather_rows(self, rows: Tensor, rows_per_rank: list[int]) -> Tensor:
+    def gather_rows(
+        self, rows: Tensor, rows_per_rank: list[int], sending: Callable[[], AbstractContextManager] = nullcontext
+    ) -> Tensor:
         """Concatenate every rank's rows, with gradient: [m, d] -> [sum(rows_per_rank), d].
 
         The backward sums over ranks, so a gradient that is averaged over ranks afterwards (as DeepSpeed does) is
         exact once each rank's loss is multiplied by the number of ranks. Ranks may have unequal numbers of rows,
         zero included.
+
+        Args:
+            sending: makes the context in which the collectives run, forward and backward (a clock's).
         """
         if self.size == 1:
             return rows
         most = max(rows_per_rank)
-        padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
-        parts = _AllGather.apply(padded).chunk(self.size)
-        return torch.cat([part[:count] for part, count in zip(parts, rows_per_rank, strict=True)])
+        with sending():
+            padded = torch.cat([rows, rows.new_zeros(most - len(rows), rows.shape[1])])
+            parts = _AllGather.apply(padded, sending).chunk(self.size)
+            return torch.cat([part[:count] for part, count in zip(parts, rows_per_rank, strict=True)])
 
     def gather_object(self, value):
         """Every rank's `value` as a list, on every rank (small host objects only)."""

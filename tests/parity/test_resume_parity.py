@@ -102,7 +102,10 @@ def lines(config: RunConfig) -> list[dict]:
     """metrics.jsonl without what the clock says."""
     text = (config.run_dir / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a kill may leave half a line
-    return [{key: value for key, value in line.items() if "per_second" not in key} for line in found]
+    by_the_clock = ("per_second", "seconds", "_4n", "peak_memory")
+    return [
+        {key: value for key, value in line.items() if not any(part in key for part in by_the_clock)} for line in found
+    ]
 
 
 def kill_when(config: RunConfig, workers: int, ready, delay_s: float = 0.0) -> None:

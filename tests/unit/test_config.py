@@ -99,6 +99,7 @@ DEFAULTS = {
         "eval_steps": None,
         "logging_steps": 10,
         "keep_checkpoints": 5,
+        "profile": False,
     },
     "distributed": {
         "num_workers": 1,

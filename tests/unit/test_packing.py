@@ -75,6 +75,7 @@ def test_layout():
     mask = batch.attention_mask[0, 0].int().tolist()
     assert mask[5] == [1, 1, 1, 1, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 0, 0, 0, 0, 1, 1, 0]
     assert batch.num_tokens == 9
+    assert batch.num_unpacked == 12  # two rows of the longer pair
     padded = pack([1, 2], pairs, [[0], [1]])
     assert padded.attention_mask.tolist() == [[1] * 6, [1] * 5 + [0]]
     assert padded.answer_positions.tolist() == [5, 10]
