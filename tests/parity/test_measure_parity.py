@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gang import run_gang
 from test_zero_parity import LOSS
-from tiny import fill_store, pair_table, save_student, save_teacher, unit_vectors, write_pairs
+from tiny import fill_store, pair_table, save_student, save_teacher, signals_of, unit_vectors, write_pairs
 from transformers import AutoConfig
 from zero import start_engine
 
@@ -38,9 +38,8 @@ def steps(folder, measured: bool) -> tuple[list, dict, dict]:
     """Sums of two updates under ZeRO-3 with two micro-steps each, the weights, and seconds by phase."""
     world, pairs = World.current(), pair_table(30)
     engine, encoder = start_engine(folder, 3, accumulation=2)
-    step = TrainingStep(
-        engine, world, pairs, unit_vectors(len(pairs.texts)), BatchMaker(encoder, engine.student, True), LOSS
-    )
+    signals = signals_of(pairs, unit_vectors(len(pairs.texts)))
+    step = TrainingStep(engine, world, signals, BatchMaker(encoder, engine.student, True), LOSS)
     clock = PhaseClock.of(world.device)
     if measured:
         step.clock = clock
