@@ -54,7 +54,7 @@ def convert(
         if target == "beir":
             write_beir(output, stream, lost)
         else:
-            made = EXPORTERS[target](stream, survey, lost)
+            made = _some(EXPORTERS[target](stream, survey, lost), f"{source} as {target}")
             write_records({Path(output): made}, export_columns(target, survey))
     unread = unread_fields(first_record(source, source_format), source_format)
     columns = survey.left_out(target)

@@ -27,6 +27,11 @@ def _config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
         raise UserError(f"{KEY}: {folder}: config.json cannot be used ({one_line(error)}): name another") from None
+    if own := {"AutoModelForSequenceClassification"} & (getattr(config, "auto_map", None) or {}).keys():
+        raise UserError(
+            f"{KEY}: {folder}: brings code of its own for {own.pop()}, which is never run, and the "
+            f"library's own {config.model_type} may give other scores: name another model, or save it without auto_map"
+        )
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         raise UserError(
             f"{KEY}: {folder}: {config.architectures or config.model_type} is no sequence classification model: "

@@ -41,8 +41,8 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """16 hex digits that stand for address and model name."""
-        return hashlib.blake2b(f"{self.api_base}\0{self.model}".encode(), digest_size=8).hexdigest()
+        """16 hex digits that stand for the model's name; a server may come back under another address."""
+        return hashlib.blake2b(self.model.encode(), digest_size=8).hexdigest()
 
     def check(self) -> None:
         """
@@ -92,8 +92,9 @@ class EndpointTeacher:
         key = os.environ.get(endpoint.api_key_env) or "EMPTY"  # what servers without keys are used to
         self._client = OpenAI(api_key=key, base_url=endpoint.api_base, max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
         self._next = 0.0  # when the next request may go out
-        self.probe = self._embedded([PROBE])[0]
-        if probe is not None and (len(probe) != len(self.probe) or float(probe @ self.probe) < SAME_MODEL):
+        answer = self._embedded([PROBE])[0]
+        self.probe = answer if probe is None else probe  # the run's own, of which its specification is made
+        if len(self.probe) != len(answer) or float(self.probe @ answer) < SAME_MODEL:
             where = f"remove {record}, which scores every text anew" if record else "choose another name"
             raise UserError(
                 f"teacher {endpoint.model} at {endpoint.host}: gives another vector than when this run began, so the "
@@ -218,6 +219,6 @@ def _write_record(path: Path, endpoint: Endpoint, probe: np.ndarray) -> None:
 
 
 def probe_fingerprint(endpoint: Endpoint, probe: np.ndarray) -> str:
-    """32 hex digits that stand for address, model name and the probe's vector, rounded to 3 decimals."""
+    """32 hex digits that stand for the model's name and the probe's vector, rounded to 3 decimals."""
     rounded = np.round(probe.astype(np.float64), 3) + 0.0  # no negative zeros
     return hashlib.blake2b(f"{endpoint.name}\0{rounded.tolist()}".encode(), digest_size=16).hexdigest()

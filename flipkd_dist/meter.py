@@ -102,8 +102,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """CUDA: the most that tensors held since `Meter.start`. CPU: the process's largest resident size so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would tell of the process that started this one, where that was larger
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text()).group(1)) * 1024 / GIB
+    status = Path("/proc/self/status")  # getrusage would tell of the process that started this one, if that was larger
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found.group(1)) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

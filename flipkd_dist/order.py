@@ -1,6 +1,7 @@
 """Which pairs a step trains on: a pure function of (seed, epoch, step), and a rank's share of (batch, rank, world)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
@@ -28,10 +29,17 @@ class Order:
     def contrast_batches(self, step: int) -> list[np.ndarray]:
         """The pair indices of each micro-step of optimizer step `step` (counted from 0 over all epochs)."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.num_pairs)
+        order = _permutation(self.num_pairs, self.seed, epoch)
         size = self.contrast_batch_size
         first = step_of_epoch * self.accumulation * size
         return [order[first + micro * size : first + (micro + 1) * size] for micro in range(self.accumulation)]
+
+
+@lru_cache(maxsize=1)  # a step asks for the epoch that the last one asked for
+def _permutation(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+    order.setflags(write=False)
+    return order
 
 
 def training_order(config: RunConfig, num_pairs: int, world_size: int) -> tuple[Order, int]:

@@ -12,7 +12,14 @@ from flipkd_dist.scored_files import ScoredPairs, read_scored_pairs
 from flipkd_dist.store import normalised
 
 PairSource = CrossEncoderSource | ScoredPairs
-OF_TEXTS = ("pooling", "prompt", "weights", "api_base")  # settings that only an encoder of texts has
+OF_TEXTS = (
+    "pooling",
+    "prompt",
+    "weights",
+    "api_base",
+    "api_key_env",
+    "requests_per_minute",
+)  # settings that only an encoder of texts has
 
 
 def check_settings(config: RunConfig) -> None:

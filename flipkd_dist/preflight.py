@@ -135,12 +135,13 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
             )
     else:
         read_policy(config.distributed.deepspeed)
-    if config.train.bf16 != "auto":
-        if config.train.bf16 == "auto" and config.student.bnb_4bit_quant_storage not in ("auto", "uint8"):
+    if config.train.bf16 == "auto":
+        if config.student.bnb_4bit_quant_storage not in ("auto", "uint8"):
             raise UserError(
                 f"student.bnb_4bit_quant_storage: {config.student.bnb_4bit_quant_storage} is safe in a run of that "
                 "dtype alone: set train.bf16 to true or false"
             )
+    else:
         four_bit_form(config.student, torch.bfloat16 if config.train.bf16 else torch.float32)
     folder = RunFolder(config)
     folder.check()

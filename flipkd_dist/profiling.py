@@ -60,9 +60,9 @@ class StepProfiler:
         if self.running is None:
             return
         trace, self.running, self.wanted = self.running, None, False
-        trace.stop()
         path = self.folder / f"rank-{self.world.rank}.json.gz"
         try:
+            trace.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f"{path.stem}.tmp.gz")  # the ending says how it is written
             trace.export_chrome_trace(str(draft))

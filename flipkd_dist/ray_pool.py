@@ -68,7 +68,7 @@ def actor_resources(settings: TeacherConfig) -> dict[str, float]:
 
     gpus = settings.num_gpus_per_worker
     if gpus == "auto":
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+        gpus = 1.0 if settings.api_base is None and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
     return {"CPU": float(settings.num_cpus_per_worker), **({"GPU": float(gpus)} if gpus else {})}
 
 

@@ -29,7 +29,7 @@ def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, colum
             return
         if columns is None:
             columns = list(dict.fromkeys(key for record in records for key in record))
-        rows = csv.DictWriter(file, columns, delimiter=DELIMITERS[format], lineterminator="\n")
+        rows = csv.DictWriter(file, columns, delimiter=DELIMITERS[format])
         rows.writeheader()
         rows.writerows(records)
 

@@ -6,7 +6,6 @@ Shapes: K scored pairs whose texts both belong to the run, T texts of the run.
 import hashlib
 import logging
 import math
-import reprlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,13 @@ import numpy as np
 from flipkd_dist.calibration import RANGES
 from flipkd_dist.config import DataConfig, TeacherConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_fields import Record, require_column, text_of
-from flipkd_dist.pair_files import file_format, place, read_records
+from flipkd_dist.pair_files import place
+from flipkd_dist.pair_formats import Place, first_record, look, pair_records
 from flipkd_dist.store import StoreSpec, normalised
 
 logger = logging.getLogger("flipkd_dist")
 KEY = "teacher.scores"
+SAME_SCORE = 1e-2  # how far two scores of one pair may lie apart: half precision and padding move them
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,33 +36,6 @@ class ScoredPairs:
     first: np.ndarray  # [K] int64, numbers into texts
     second: np.ndarray  # [K] int64
     scores: np.ndarray  # [K] float32
-
-
-def number_of(value: object, column: str) -> float:
-    """A finite number, or a text of one."""
-    try:
-        number = math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{column} is {reprlib.repr(value)}: write a number")
-    return number
-
-
-def scored_pairs_of(record: Record, data: DataConfig) -> Iterator[tuple[str, str, float]]:
-    """(first text, second text, score) of every pair in a record; FlagEmbedding's hold several."""
-    if "query" not in record or not {"pos", "neg"} & record.keys():
-        texts = text_of(record, data.text_a, "data.text_a"), text_of(record, data.text_b, "data.text_b")
-        require_column(record, "score", KEY)
-        yield *texts, number_of(record["score"], "score")
-        return
-    query = text_of(record, "query", KEY)
-    for side in ("pos", "neg"):
-        texts, scores = record.get(side) or [], record.get(f"{side}_scores") or []
-        if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
-            raise UserError(f"{side} and {side}_scores must be lists of one length: score every text of {side}")
-        for text, score in zip(texts, scores, strict=True):
-            yield query, text_of({side: text}, side, KEY), number_of(score, f"{side}_scores")
 
 
 def _paths(names: str | list[str]) -> list[Path]:
@@ -99,24 +72,25 @@ def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str])
     numbers: dict[str, int] = {}
     for text in texts:
         numbers.setdefault(normalised(text), len(numbers))
-    keys, scores, lines, ends = array("q"), array("f"), array("q"), []
+    keys, scores, lines, ends, forms = array("q"), array("f"), array("q"), [], []
     lowest, highest = (math.inf, ""), (-math.inf, "")
     for path in paths:
-        where = ""
-        for line, where, first, second, score in _scored_pairs(path, data):
+        where = None
+        for where, first, second, score in _scored_pairs(path, data):
             lowest, highest = min(lowest, (score, where)), max(highest, (score, where))
             row, column = numbers.get(normalised(first)), numbers.get(normalised(second))
             if row is not None and column is not None:
                 keys.append(row * len(numbers) + column)
                 scores.append(score)
-                lines.append(line)
-        if not where:
+                lines.append(where.number)
+        if where is None:
             raise UserError(f"{path}: no scored pairs in it: add some or name another file")
         ends.append(len(keys))
+        forms.append(where.format)
 
     def name(entry: int) -> str:
-        path = paths[bisect_right(ends, entry)]
-        return place(path, lines[entry], file_format(path))
+        file = bisect_right(ends, entry)
+        return place(paths[file], lines[entry], forms[file])
 
     unique, values = _unique(np.array(keys), np.array(scores), name)
     spec = StoreSpec(_fingerprint(paths), "scores", 1, hidden_size=1, dtype="float32")
@@ -124,23 +98,23 @@ def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str])
     return ScoredPairs(spec, scale, list(numbers), *np.divmod(unique, max(len(numbers), 1)), values)
 
 
-def _scored_pairs(path: Path, data: DataConfig) -> Iterator[tuple[int, str, str, str, float]]:
-    """(line, where it is, first text, second text, score) of every scored pair of a file."""
-    format = file_format(path)
-    for line, record in read_records(path, format):
-        where = place(path, line, format)
-        try:
-            for pair in scored_pairs_of(record, data):
-                yield line, where, *pair
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+def _scored_pairs(path: Path, data: DataConfig) -> Iterator[tuple[Place, str, str, float]]:
+    """(where it is, first text, second text, score) of every pair of a file."""
+    first = first_record(path)
+    foreign = None if data.text_a in first else look(first)
+    data = DataConfig(format=foreign) if foreign else DataConfig(text_a=data.text_a, text_b=data.text_b, label="")
+    for _, record, where in pair_records(path, data, KEY, needs_label=False):
+        if "score" not in record:
+            raise UserError(f"{where}: a pair without a score: score every pair, or remove it")
+        yield where, record["text_a"], record["text_b"], record["score"]
 
 
 def _unique(keys: np.ndarray, scores: np.ndarray, name: Callable[[int], str]) -> tuple[np.ndarray, np.ndarray]:
-    """Each pair once, sorted by its key; a pair with two different scores is an error."""
+    """Each pair once, sorted by its key; of scores that differ by rounding the first counts, others are an error."""
     order = np.argsort(keys, kind="stable")
     keys, scores = keys[order], scores[order]
-    again = np.flatnonzero((keys[1:] == keys[:-1]) & (scores[1:] != scores[:-1]))
+    apart = np.abs(scores[1:] - scores[:-1]) > SAME_SCORE * np.maximum(1, np.abs(scores[1:]))
+    again = np.flatnonzero((keys[1:] == keys[:-1]) & apart)
     if len(again):
         one, other = name(order[again[0]]), name(order[again[0] + 1])
         raise UserError(f"{one} and {other} give one pair two different scores: remove one")

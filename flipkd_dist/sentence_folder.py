@@ -109,10 +109,10 @@ def _prompts(folder: Path, config: dict[str, Any]) -> tuple[str, tuple[str, ...]
     return prompts.get(name) or "", ()
 
 
-def _check_files(folder: Path, name: str, path: str, config: dict[str, Any]) -> None:
+def _check_files(folder: Path, name: str, path: str, config: dict[str, Any], weights: bool) -> None:
     where = folder / path
     pickled = any(file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") for file in where.glob("*"))
-    if path and (pickled or name == "Dense") and not (where / "model.safetensors").is_file():
+    if weights and path and (pickled or name == "Dense") and not (where / "model.safetensors").is_file():
         raise UserError(
             f"teacher {where}: has no model.safetensors, and pickled weights are never loaded: "
             "load and save the model with sentence-transformers once"
@@ -127,9 +127,11 @@ def _named(folder: Path, paths: Iterable[Path]) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in paths if path.suffix in (".json", ".safetensors", ".txt"))
 
 
-def read_sentence_folder(folder: Path) -> SentenceFolder | None:
+def read_sentence_folder(folder: Path, weights: bool = True) -> SentenceFolder | None:
     """What the folder says of its encoder; None for a plain folder of transformers.
 
+    Args:
+        weights: refuse a folder that lacks them; False where configurations are enough.
     Raises:
         UserError: its files are damaged or cut short, or it takes more than the library's own modules and safetensors.
     """
@@ -142,7 +144,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     more = bool(modules[0][1])  # a model in a folder of its own
     for name, path in modules:
         settings = _json(folder / path / "config.json", dict) if path else {}
-        _check_files(folder, name, path, settings)
+        _check_files(folder, name, path, settings, weights)
         if name == "Pooling":
             pooling = settings
             size = settings.get("embedding_dimension", settings.get("word_embedding_dimension"))

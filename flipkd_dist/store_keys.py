@@ -27,7 +27,7 @@ def normalised(text: str) -> str:
 
 def pair_text(text_a: str, text_b: str) -> str:
     """A pair as the one text that a store of pair scores knows it by; `split("\\0")` gives its texts back."""
-    return normalised(f"{text_a}\0{text_b}")
+    return normalised("\0".join(text.replace("\0", " ") for text in (text_a, text_b)))
 
 
 def text_key(text: str) -> bytes:

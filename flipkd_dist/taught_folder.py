@@ -65,12 +65,28 @@ def taught_folder(config: RunConfig, *fingerprints: str) -> Path | None:
     return folder
 
 
+def check_taught(config: RunConfig, fingerprint: str) -> None:
+    """
+    Raises:
+        UserError: the taught teacher's files are not those that `flipkd teach` left.
+    """
+    folder = taught_path(config)
+    if (read_manifest(folder) or {}).get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{folder}: its files are not as `flipkd teach` left them: remove this folder, then run `flipkd teach` again"
+        )
+
+
 def announce(config: RunConfig) -> None:
     """Say that the run uses its taught teacher, and what of `teach` it was not made with."""
     folder = taught_path(config)
     logger.info("teacher: the fine-tuned one in %s", folder)
     made_with = (read_manifest(folder) or {}).get("teach", {})
-    changed = [key for key, value in config.teach.model_dump(mode="json").items() if made_with.get(key) != value]
+    changed = [
+        key
+        for key, value in config.teach.model_dump(mode="json").items()
+        if key != "save_steps" and made_with.get(key) != value
+    ]
     if changed:
         logger.warning(
             "teach.%s: not what %s was made with; to use the new value, run `flipkd teach` again", changed[0], folder

@@ -175,8 +175,9 @@ def _make(teaching: Teaching, output: Path) -> dict[str, Any]:
     where = "GPU" if teaching.use_gpu else "CPU"
     logger.info("teach: %d pairs, %s loss, %d steps on the %s", len(train), config.teach.loss, budget.num_steps, where)
     teaching.folder.open()
-    _remove(output)
     draft, checkpoints = output.with_name(f".{output.name}.tmp"), checkpoints_path(config)
+    checkpoints.mkdir(exist_ok=True)  # says from now on that a teaching is unfinished
+    _remove(output)
     shutil.rmtree(draft, ignore_errors=True)
     stop = StopRequest(teaching.folder.stop)
     stop.forget()

@@ -147,7 +147,9 @@ def load_model(base: Path, settings: TeacherConfig, device: str) -> Any:
     for name, module in list(model.named_children()):
         if isinstance(module, Pooling) and (modules is None or settings.pooling != "auto"):
             mode = "mean" if settings.pooling == "auto" else settings.pooling
-            model[int(name)] = Pooling(model[0].auto_model.config.hidden_size, pooling_mode=mode)
+            model[int(name)] = Pooling(
+                model[0].auto_model.config.hidden_size, pooling_mode=mode, include_prompt=module.include_prompt
+            )
     if modules is None:
         model.append(Normalize())
     model.max_seq_length = settings.max_length

@@ -41,6 +41,11 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"teacher {folder}: config.json cannot be used ({one_line(error)}): name another model"
         ) from None
+    if own := {"AutoModel"} & (getattr(config, "auto_map", None) or {}).keys():
+        raise UserError(
+            f"teacher {folder}: brings code of its own for {own.pop()}, which is never run, and the "
+            f"library's own {config.model_type} may give other vectors: name another model, or save it without auto_map"
+        )
     if config.is_encoder_decoder or not isinstance(getattr(config, "hidden_size", None), int):
         raise UserError(f"teacher {folder}: {config.model_type} is not a text encoder: name another model")
     return config

@@ -16,7 +16,7 @@ from flipkd_dist.model_files import check_files, fingerprint, resolve_config, re
 from flipkd_dist.sentence_folder import CONFIGS, SentenceFolder, read_sentence_folder
 from flipkd_dist.sentence_teacher import SentenceTeacher
 from flipkd_dist.store import StoreSpec
-from flipkd_dist.taught_folder import taught_folder
+from flipkd_dist.taught_folder import check_taught, taught_folder
 from flipkd_dist.teacher import Teacher, teacher_hidden_size
 
 logger = logging.getLogger("flipkd_dist")
@@ -232,6 +232,7 @@ def text_teacher(config: RunConfig, taught: bool = True) -> TeacherSource:
         parts = [_folder_part(settings, name) for name in names]
     if taught and (fine_tuned := taught_folder(config, *(part.spec.teacher_fingerprint for part in parts))):
         parts = [_folder_part(settings, str(fine_tuned))]
+        check_taught(config, parts[0].spec.teacher_fingerprint)
     weights = settings.weights or [1.0] * len(parts)
     weights = tuple(weight / sum(weights) for weight in weights)
     spec = parts[0].spec if len(parts) == 1 else _joint_spec(parts, weights)
@@ -248,4 +249,4 @@ def largest_hidden_size(config: RunConfig) -> int:
     if config.teacher.api_base is not None:
         return _endpoint_part(config).spec.hidden_size
     folders = [resolve_config(name, KEY, CONFIGS) for name in names]
-    return max(_hidden_size(folder, read_sentence_folder(folder)) for folder in folders)
+    return max(_hidden_size(folder, read_sentence_folder(folder, weights=False)) for folder in folders)

@@ -68,15 +68,15 @@ def _texts_of(scored: ScoredPairs, part: slice = slice(None)) -> Iterator[str]:
 
 def _write_scores(scored: ScoredPairs, inputs: Inputs) -> None:
     store = inputs.pair_store
-    if store.is_complete(_texts_of(scored)):
-        return
-    for start in range(0, len(scored.scores), SHARD):
-        part = slice(start, start + SHARD)
-        texts, scores = list(_texts_of(scored, part)), scored.scores[part]
-        new = np.flatnonzero(~store.holds(texts))
-        if len(new):
-            store.write_shard([texts[k] for k in new], scores[new, None])
-    store.publish()
+    while not store.is_complete(_texts_of(scored)):
+        for start in range(0, len(scored.scores), SHARD):
+            part = slice(start, start + SHARD)
+            texts, scores = list(_texts_of(scored, part)), scored.scores[part]
+            new = np.flatnonzero(~store.holds(texts))
+            if len(new):
+                store.write_shard([texts[k] for k in new], scores[new, None])
+        if store.publish():
+            break  # else a shard was damaged, and its texts are missing now
     logger.info("teacher.scores: %d scores of the run's pairs are stored", len(scored.scores))
 
 

@@ -100,21 +100,23 @@ def test_several_files_and_their_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"text_a": "lost card", "text_b": "new pin"}, ["no column score", "correct the file"]),
+        ({"text_a": "lost card", "text_b": "new pin"}, ["a pair without a score"]),
         ({"text_a": "lost card", "score": 0.5}, ["no column text_b"]),
         ({"text_a": "lost card", "text_b": "new pin", "score": "high"}, ["score is 'high'", "write a number"]),
         ({"text_a": "lost card", "text_b": "new pin", "score": True}, ["score is True", "write a number"]),
-        ({"text_a": "lost card", "text_b": "new pin", "score": None}, ["score is None"]),
-        ({"text_a": "lost card", "text_b": "new pin", "score": float("nan")}, ["score is nan"]),
-        ({"query": "lost card", "pos": ["new pin"], "neg": []}, ["pos and pos_scores", "one length"]),
-        ({"query": "lost card", "pos": ["a"], "pos_scores": [1, 0]}, ["pos and pos_scores", "one length"]),
-        ({"query": "lost card", "neg": ["a"], "neg_scores": 1}, ["neg and neg_scores", "lists"]),
-        ({"query": "lost card", "neg": [3], "neg_scores": [1]}, ["neg is 3, not a text"]),
-        ({"query": "", "neg": ["a"], "neg_scores": [1]}, ["query is empty"]),
+        ({"text_a": "lost card", "text_b": "new pin", "score": None}, ["a pair without a score"]),
+        ({"text_a": "lost card", "text_b": "new pin", "score": float("nan")}, ["a pair without a score"]),
+        ({"query": "lost card", "pos": ["new pin"], "neg": []}, ["a pair without a score"]),
+        ({"query": "lost card", "pos": ["a"], "pos_scores": [1, 0]}, ["pos has 1 texts", "pos_scores 2"]),
+        ({"query": "lost card", "pos": [], "neg": ["a"], "neg_scores": 1}, ["neg_scores is 1, not a list"]),
+        ({"query": "lost card", "pos": [], "neg": [3], "neg_scores": [1]}, ["neg[0] is 3, not a text"]),
+        ({"query": "", "pos": [], "neg": ["a"], "neg_scores": [1]}, ["query is empty"]),
     ],
 )
 def test_mistakes_name_their_line(tmp_path, record, words):
     good = {"text_a": "lost card", "text_b": "stolen card", "score": 0.5}
+    if "query" in record:
+        good = {"query": "lost card", "pos": ["stolen card"], "pos_scores": [0.5]}
     said = mistake(write(tmp_path / "scores.jsonl", good, record), scale="logit")
     assert f"{tmp_path}/scores.jsonl:2: " in said and all(word in said for word in words), said
 
