@@ -22,7 +22,7 @@ FOREIGN = ("flagembedding", "sentence_transformers", "tevatron", "beir", "mteb")
 NAMES = ("id", "id_a", "id_b", "group_a", "group_b", "kind")
 SIGNS = {  # fields by which a record is known, the most telling first
     "tevatron": ({"query", "positive_passages"},),
-    "flagembedding": ({"query", "pos"},),
+    "flagembedding": ({"query", "pos"}, {"query", "neg"}),
     "mteb": ({"sentence1", "sentence2", "labels"}, {"sent1", "sent2", "labels"}),
     "sentence_transformers": ({"sentence1", "sentence2"}, {"anchor", "positive"}),
 }

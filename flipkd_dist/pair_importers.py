@@ -40,7 +40,7 @@ def _list(record: Record, column: str, required: bool) -> list[Any]:
 def _flagembedding(raw: Record) -> Iterator[Record]:
     query = text_of(raw, "query", "the format")
     for column, label in (("pos", 1), ("neg", 0)):
-        texts, scores = _list(raw, column, label == 1), _list(raw, f"{column}_scores", False)
+        texts, scores = _list(raw, column, label == 1 and "neg" not in raw), _list(raw, f"{column}_scores", False)
         if scores and len(scores) != len(texts):
             raise UserError(f"{column} has {len(texts)} texts, {column}_scores {len(scores)} numbers: score each text")
         for k, text in enumerate(texts):

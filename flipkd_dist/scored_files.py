@@ -94,7 +94,8 @@ def _read(paths: list[Path], scale: str, data: DataConfig, texts: Sequence[str])
 
     unique, values = _unique(np.array(keys), np.array(scores), name)
     spec = StoreSpec(_fingerprint(paths), "scores", 1, hidden_size=1, dtype="float32")
-    scale = _scale(scale, lowest, highest)
+    from_tool = all(look(first_record(path)) == "flagembedding" for path in paths)
+    scale = _scale(scale, lowest, highest, from_tool)
     return ScoredPairs(spec, scale, list(numbers), *np.divmod(unique, max(len(numbers), 1)), values)
 
 
@@ -122,8 +123,15 @@ def _unique(keys: np.ndarray, scores: np.ndarray, name: Callable[[int], str]) ->
     return keys[first], scores[first]
 
 
-def _scale(declared: str, lowest: tuple[float, str], highest: tuple[float, str]) -> str:
-    """The declared scale if every score has it; `auto` means probabilities where they all can be such."""
+def _scale(declared: str, lowest: tuple[float, str], highest: tuple[float, str], from_tool: bool) -> str:
+    """The declared scale if every score has it; `auto` means probabilities where they all can be such.
+
+    Args:
+        from_tool: the files are FlagEmbedding's, whose other scores are logits.
+    """
+    if declared == "auto" and from_tool and not 0 <= lowest[0] <= highest[0] <= 1:
+        logger.info("%s: FlagEmbedding's scores beyond [0, 1] are taken as logits (teacher.scale)", KEY)
+        return "logit"
     low, high, slack = RANGES["probability" if declared == "auto" else declared]
     for score, where in (lowest, highest):
         if not low - slack <= score <= high + slack:

@@ -21,7 +21,7 @@ NASTY = [
     "\0 within \0",
     "x" * 200_000,
     "=1+1\\N\\t{}[]",
-    "line\u2028separator\x85next\x0b",
+    "line\u2028separator\x85next\x0blone\rreturn",
     '"',
 ]
 # A ring: every text is a first and a second text, with a match and a non-match each.
@@ -260,6 +260,13 @@ MISTAKES = {
     "beir without parent": ("p.jsonl", "no/beir", "beir", {}, "there is no folder .*no: create it"),
     "triplets of matches": ("one.jsonl", "out.csv", "triplets", {}, "no non-match in it.*--negatives"),
     "triplets of none": ("none.jsonl", "out.csv", "triplets", {}, "no match in it, and triplets need one"),
+    "triplets without both labels for one text": (
+        "apart.jsonl",
+        "out.csv",
+        "triplets",
+        {},
+        "apart.jsonl as triplets: no",
+    ),
     "faq without groups": ("p.jsonl", "out.csv", "faq", {}, "no group_a and group_b in it"),
     "faq column": (
         "p.jsonl",
@@ -281,6 +288,7 @@ def test_mistakes_write_nothing(tmp_path, source, output, target, more, what):
     save(tmp_path / "one.jsonl", PAIRS[:1])
     save(tmp_path / "none.jsonl", PAIRS[1:2])
     save(tmp_path / "empty.jsonl", [])
+    save(tmp_path / "apart.jsonl", [PAIRS[0], PAIRS[4]])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     (tmp_path / "beir").mkdir()

@@ -115,3 +115,6 @@ def test_it_is_not_loaded_by_name_of_code(tmp_path):
     assert "config.json cannot be used" in message(folder)
     with pytest.raises(UserError):
         CrossEncoder(folder, 16)
+    own = {"auto_map": {"AutoModelForSequenceClassification": "modeling.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    assert "brings code of its own" in message(folder)

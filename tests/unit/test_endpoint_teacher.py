@@ -198,6 +198,20 @@ def test_a_run_that_has_vectors_needs_the_server_only_for_more(server, config, t
     assert text_teacher(config()).spec.key == source.spec.key
 
 
+def test_the_probe_that_is_kept_is_the_runs_own(server, config):
+    """A server whose vectors tremble gives every actor another probe: workers must still find the run's store."""
+    server.noise = 1e-3
+    source = text_teacher(config())
+    source.load().encode(TEXTS, 3)
+    assert text_teacher(config()).spec.key == source.spec.key
+
+
+def test_a_server_may_move(server, config):
+    text_teacher(config()).load().encode(TEXTS, 3)
+    moved = config(api_base=server.api_base.replace("127.0.0.1", "localhost"))
+    assert text_teacher(moved).spec.key == text_teacher(config()).spec.key
+
+
 def test_a_model_that_was_changed_behind_the_endpoint(server, config, tmp_path):
     source = text_teacher(config())
     teacher = source.load()

@@ -177,7 +177,7 @@ def test_a_line_is_read_when_it_is_asked_for(tmp_path, format, record):
 
 MISTAKES = {
     "no query": ("flagembedding", {"pos": ["p"]}, "no column query; it has pos", "correct the file"),
-    "no pos": ("flagembedding", {"query": "q", "neg": ["p"]}, "no column pos", "correct the file"),
+    "neither pos nor neg": ("flagembedding", {"query": "q"}, "no column pos", "correct the file"),
     "pos a text": ("flagembedding", FLAG | {"pos": "p"}, "pos is 'p', not a list", "write it in [ ]"),
     "empty pos": ("flagembedding", FLAG | {"pos": ["p", " "]}, "pos[1] is empty", "fill it in"),
     "number in neg": ("flagembedding", FLAG | {"neg": [3]}, "neg[0] is 3, not a text", "write a text"),

@@ -77,3 +77,9 @@ def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
     run(tmp_path, 9)
     assert "was not written (No space left on device)" in caplog.text and "no trace" not in caplog.text
     assert traced(tmp_path) == [1]
+
+
+def test_a_trace_that_fails_does_not_hide_why_the_training_died(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(profiling.profile, "stop", lambda _: (_ for _ in ()).throw(RuntimeError("trace lost")))
+    run(tmp_path, 9)
+    assert "was not written (trace lost)" in caplog.text

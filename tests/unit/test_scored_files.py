@@ -159,3 +159,16 @@ def test_the_scale(tmp_path, caplog):
         assert read(scores(*values), scale="logit").scale == "logit"
     assert read(scores(-0.5, 1), scale="cosine").scale == "cosine"
     assert "s.jsonl:1: the score -3 lies outside [-1, 1]" in mistake(scores(-3, 1), scale="cosine")
+
+
+def test_scores_of_the_tool_beyond_probabilities_are_logits(tmp_path):
+    record = {"query": TEXTS[0], "pos": [TEXTS[1]], "neg": [TEXTS[2]], "pos_scores": [4.5], "neg_scores": [-3.0]}
+    assert read(write(tmp_path / "scores.jsonl", record)).scale == "logit"
+    record |= {"pos_scores": [0.9], "neg_scores": [0.1]}
+    assert read(write(tmp_path / "scores.jsonl", record)).scale == "probability"
+
+
+def test_rounding_apart_is_one_score(tmp_path):
+    one = {"query": TEXTS[0], "pos": [TEXTS[1]], "pos_scores": [-2.0], "neg": [], "neg_scores": []}
+    scored = read(write(tmp_path / "scores.jsonl", one, one | {"pos_scores": [-2.004]}), scale="logit")
+    assert scored.scores.tolist() == [-2.0]

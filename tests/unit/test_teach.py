@@ -50,6 +50,7 @@ def as_taught(settings: RunConfig, models: dict[str, str], **changes) -> None:
     reading = {key: getattr(settings.teacher, key) for key in ("pooling", "prompt", "max_length")}
     manifest = {
         "base": fingerprint(models["base"]),
+        "fingerprint": fingerprint(folder),
         "reading": reading,
         "teach": settings.teach.model_dump(mode="json"),
     }
@@ -255,3 +256,14 @@ def test_the_table_puts_before_and_after_side_by_side():
         ("validation", "before", "0.2500"),
         ("validation", "after", "0.7500"),
     ]
+
+
+def test_a_taught_teacher_with_another_byte_is_refused(models, tmp_path):
+    settings = config(models, tmp_path)
+    as_taught(settings, models)
+    weights = taught_path(settings) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="not as `flipkd teach` left it: remove this folder"):
+        text_teacher(settings)

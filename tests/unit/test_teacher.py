@@ -216,3 +216,11 @@ def test_packaged_minilm_tells_paraphrases_from_other_texts():
     assert min(similarity[0, 1], similarity[2, 3]) > 0.5 > 0.2 > similarity[:2, 2:].max()
     assert np.abs(teacher.encode(texts, 1) - vectors).max() < 1e-5
     assert np.allclose(vectors, [by_hand(teacher, text) for text in texts], atol=1e-5)
+
+
+def test_code_in_the_folder_is_refused_though_the_type_is_known(copy):
+    """Such a model may differ from the library's own: its vectors would be other ones, without a word."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.Own"}}))
+    with pytest.raises(UserError, match="brings code of its own for AutoModel"):
+        Teacher(copy, "mean", 8)

@@ -175,6 +175,13 @@ def test_a_flagembedding_file_is_the_teacher_as_it_is(configured, tmp_path):
     held = {path.name for path in (inputs.folder.teacher / "pairs").glob("*.parquet")}
     fill_store(config)  # nothing new
     assert {path.name for path in (inputs.folder.teacher / "pairs").glob("*.parquet")} == held and len(held) == 1
+    (shard,) = (inputs.folder.teacher / "pairs").glob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (inputs.folder.teacher / "pairs" / "manifest.json").unlink()
+    fill_store(config)  # a damaged shard that nobody has published is written again
+    np.testing.assert_allclose(open_signals(check_inputs(config), "train").of_pairs(), expected, atol=1e-6)
     before = inputs.digest("train")
     flagembedding(tmp_path / "scored.jsonl", config, lambda record: logit_of(record) + 1, others)
     changed = check_inputs(config)
