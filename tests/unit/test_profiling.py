@@ -80,6 +80,12 @@ def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
 
 
 def test_a_trace_that_fails_does_not_hide_why_the_training_died(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(profiling.profile, "stop", lambda _: (_ for _ in ()).throw(RuntimeError("trace lost")))
+    stop = profiling.profile.stop
+
+    def fail(trace) -> None:
+        stop(trace)
+        raise RuntimeError("trace lost")
+
+    monkeypatch.setattr(profiling.profile, "stop", fail)
     run(tmp_path, 9)
     assert "was not written (trace lost)" in caplog.text
