@@ -23,7 +23,7 @@ from flipkd_dist.ray_pool import map_on_actors
 from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.teacher import Teacher
-from flipkd_dist.teacher_source import TeacherSource
+from flipkd_dist.teacher_source import FolderPart, TeacherSource
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,8 @@ WIDE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=4, interme
 
 def make_source(folder: Path, kind=TeacherSource, **settings) -> TeacherSource:
     settings = TeacherConfig(model_name_or_path=str(folder), max_length=32, **settings)
-    return kind(settings, (folder,), StoreSpec(fingerprint(folder), "auto", 32, 192, ""))
+    spec = StoreSpec(fingerprint(folder), "mean", 32, 192)
+    return kind(settings, (FolderPart(folder, None, spec),), (1.0,), spec)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +300,7 @@ def test_everything_is_killed_in_the_middle_of_flipkd_score(run_config, undistur
     assert files(folder) == undisturbed
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())  # none twice
     num_new = NUM_TEXTS - SHARD * len(before)
-    assert f"{num_new} of {NUM_TEXTS} texts are new" in said and "teacher similarity of 1024" in said
+    assert f"{num_new} of {NUM_TEXTS} texts are new" in said and "teacher similarity of 1,024" in said
 
 
 @pytest.mark.soak
