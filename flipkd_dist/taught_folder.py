@@ -73,7 +73,8 @@ def check_taught(config: RunConfig, fingerprint: str) -> None:
     folder = taught_path(config)
     if (read_manifest(folder) or {}).get("fingerprint") != fingerprint:
         raise UserError(
-            f"{folder}: its files are not as `flipkd teach` left them: remove this folder, then run `flipkd teach` again"
+            f"{folder}: its files are not as `flipkd teach` left them: remove this folder, then run "
+            "`flipkd teach` again"
         )
 
 

@@ -40,8 +40,9 @@ def shards(store):
 
 
 def is_tidy(store):
-    """Whether nothing is in the folder but shards, a manifest and one index for each specification."""
-    kinds = sorted(path.name.split(".", 1)[1] for path in store.folder.iterdir() if path.suffix != ".parquet")
+    """Whether nothing is in the folder but shards, a lock, a manifest and one index for each specification."""
+    names = [path.name for path in store.folder.iterdir() if path.suffix != ".parquet" and path.name != ".lock"]
+    kinds = sorted(name.split(".", 1)[1] for name in names)
     return kinds == ["json", "keys", "rows"]
 
 
