@@ -14,9 +14,11 @@ import pytest
 from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_store, is_tidy, killed_at, shards, write
 
 from flipkd_dist import store as store_module
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedAtOnce, UserError
 from flipkd_dist.store import Store, StoreSpec, pair_text
+from flipkd_dist.store_compact import compact_store
 from flipkd_dist.store_keys import keys_of
+from flipkd_dist.store_manifest import write_entries
 from flipkd_dist.store_shards import Shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -430,3 +432,34 @@ def test_the_name_of_a_shard_says_its_texts(store):
     keys = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in TEXTS[:3])
     assert path.name == f"{SPEC.key}-{hashlib.blake2b(keys, digest_size=8).hexdigest()}.parquet"
     assert write(store, TEXTS[:3]) == path and shards(store) == [path]  # a repeated shard replaces itself
+
+
+@pytest.mark.parametrize("kind", [StoppedAtOnce, OSError])
+def test_what_comes_after_the_manifest_has_its_name_leaves_the_index_it_names(full, monkeypatch, kind):
+    """A signal, or a failing sync of the folder, between the rename and the return."""
+    before = {path.name for path in full.folder.glob("*.rows")}
+
+    def late(*arguments):
+        write_entries(*arguments)
+        raise kind("too late")
+
+    write(full, ["new"])
+    monkeypatch.setattr(store_module, "write_entries", late)
+    with pytest.raises(kind, match="too late"):
+        full.publish()
+    assert len({path.name for path in full.folder.glob("*.rows")} - before) == 1
+    assert np.array_equal(full.open().vectors([*TEXTS, "new"]), expected([*TEXTS, "new"]))
+
+
+def test_merged_shards_stay_where_the_manifest_names_them(full, monkeypatch):
+    def late(*arguments):
+        write_entries(*arguments)
+        raise OSError("too late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_entries", late)
+        with pytest.raises(OSError, match="too late"):
+            compact_store(full)
+    assert full.is_complete(TEXTS) and np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))
+    compact_store(full)
+    assert len(shards(full)) == 1 and is_tidy(full)
