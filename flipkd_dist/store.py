@@ -92,11 +92,6 @@ class Store:
             found.append(keys.holds(asked) | (index.find(asked)[1] if index else False))
         return np.concatenate(found)
 
-    def missing(self, texts: Iterable[str]) -> list[str]:
-        """The unique texts that no complete shard holds, in the order given."""
-        unique = list(dict.fromkeys(texts))
-        return [text for text, is_there in zip(unique, self.holds(unique), strict=True) if not is_there]
-
     def is_complete(self, texts: Iterable[str]) -> bool:
         """Whether every text is published, in shards that are all there; a few texts are in memory at a time."""
         index, _ = self._published(self.shards())

@@ -168,22 +168,26 @@ def test_what_goes_wrong_in_an_actor_comes_out(joined, model, tmp_path):
         fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=[*TEXTS[:100], "a mistake"])
     with pytest.raises(RuntimeError, match=r"^teacher actor: ValueError: a bug of ours$"):
         fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=["a bug"])
+    with pytest.raises(RuntimeError, match=r"a shard of 1 texts, .*ended 4 actors \(.*Stale file handle\)"):
+        fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=["a stale text"])
     with pytest.raises(UserError, match=r"^teacher folder: 3 weights are missing: get it again$"):
         fill(make_source(model, BrokenSource, num_workers=1), tmp_path)
     wait_until(lambda: not scorers())
 
 
 def test_the_pool_grows_where_there_is_room_and_no_further(joined, model, tmp_path):
-    source, seen, end = make_source(model, num_workers=[1, 8]), [], time.monotonic() + 200
+    source, seen, at_draws, end = make_source(model, num_workers=[1, 8]), [], [], time.monotonic() + 200
 
     def shards():
         """As long as one actor works alone, and some more for a third to come."""
         while time.monotonic() < end and seen.count(2) < 30:
+            at_draws.append(len(scorers()))
             yield TEXTS[:SHARD]
 
     for _ in map_on_actors(source, Store(tmp_path, source.spec), 200.0, shards()):
         seen.append(len(scorers()))
-    assert seen[0] == 1 and max(seen) == 2, seen  # two CPUs
+    # The first is drawn before any actor runs, the next two for the first actor, alone; there are two CPUs.
+    assert at_draws[:3] == [0, 1, 1] and max(seen) == 2, (at_draws, seen)
 
 
 def test_without_room_one_line_says_so(joined, model, tmp_path):
@@ -211,18 +215,18 @@ def test_shards_are_drawn_as_they_are_needed_and_actors_end_when_the_pool_is_clo
 def test_threads_of_an_actor_are_its_cpus(joined, model, tmp_path):
     import ray
 
-    from flipkd_dist.ray_pool import Scorer
+    from flipkd_dist.scorer import Scorer
 
     class Asked(Scorer):
         def threads(self):
             import torch
 
-            return torch.get_num_threads()
+            return torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"]
 
     source = make_source(model, num_cpus_per_worker=2)
     actor = ray.remote(Asked).options(num_cpus=2).remote()
     ray.get(actor.load.remote(source, Store(tmp_path, source.spec), "cpu"))
-    assert ray.get(actor.threads.remote()) == 2
+    assert ray.get(actor.threads.remote()) == (2, "2", "true")  # the last is false in the environment of the pool
     ray.kill(actor)
 
 

@@ -35,6 +35,12 @@ def full_store(folder, spec=SPEC, sign=1.0):
     return store
 
 
+def missing(store, texts):
+    """The unique texts that no complete shard holds, in the order given."""
+    unique = list(dict.fromkeys(texts))
+    return [text for text, is_there in zip(unique, store.holds(unique), strict=True) if not is_there]
+
+
 def shards(store):
     return sorted(store.folder.glob(f"{store.spec.key}-*.parquet"))
 

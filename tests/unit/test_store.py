@@ -11,7 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_store, is_tidy, killed_at, shards, write
+from stores import (
+    SPEC,
+    TEXTS,
+    cut,
+    delete,
+    expected,
+    flip,
+    flip_vector,
+    full_store,
+    is_tidy,
+    killed_at,
+    missing,
+    shards,
+    write,
+)
 
 from flipkd_dist import store as store_module
 from flipkd_dist.errors import StoppedAtOnce, UserError
@@ -67,9 +81,9 @@ def test_many_keys_are_found_exactly(tmp_path, monkeypatch):
     texts = [f"question {number}" for number in range(3000)]
     for start in range(0, 3000, 700):
         write(store, texts[start : start + 700])
-    assert store.holds(iter(texts)).all() and store.missing([*texts, "absent"]) == ["absent"]
+    assert store.holds(iter(texts)).all() and missing(store, [*texts, "absent"]) == ["absent"]
     store.publish()
-    assert store.missing([*texts, "absent"]) == ["absent"]
+    assert missing(store, [*texts, "absent"]) == ["absent"]
     assert store.is_complete(iter(texts)) and not store.is_complete([*texts, "absent"])
     assert np.array_equal(store.open().vectors(texts[::-1]), expected(texts[::-1]))
 
@@ -114,7 +128,7 @@ def test_an_absent_text_is_an_error_that_names_it(full):
 
 
 def test_a_new_store_is_empty_and_nothing_is_written(store):
-    assert store.missing(TEXTS[:2] + TEXTS[:2]) == TEXTS[:2] and not store.is_complete(TEXTS)
+    assert missing(store, TEXTS[:2] + TEXTS[:2]) == TEXTS[:2] and not store.is_complete(TEXTS)
     with pytest.raises(UserError, match="flipkd score"):
         store.open()
     assert not store.folder.exists()
@@ -122,12 +136,12 @@ def test_a_new_store_is_empty_and_nothing_is_written(store):
 
 def test_missing_keeps_order_and_drops_repetitions(store):
     write(store, TEXTS[4:8])
-    assert store.missing([TEXTS[9], TEXTS[5], TEXTS[1], TEXTS[9]]) == [TEXTS[9], TEXTS[1]]
+    assert missing(store, [TEXTS[9], TEXTS[5], TEXTS[1], TEXTS[9]]) == [TEXTS[9], TEXTS[1]]
 
 
 def test_only_publishing_makes_it_complete(store):
     write(store, TEXTS)
-    assert store.missing(TEXTS) == [] and not store.is_complete(TEXTS)
+    assert missing(store, TEXTS) == [] and not store.is_complete(TEXTS)
     with pytest.raises(UserError):
         store.open()
     store.publish()
@@ -191,7 +205,7 @@ def test_opening_while_another_publishes_takes_the_new_index(full, monkeypatch):
 )
 def test_a_damaged_manifest_is_no_manifest_and_publishing_mends_it(full, content):
     (full.folder / "manifest.json").write_text(content)
-    assert not full.is_complete(TEXTS) and full.missing(TEXTS) == []
+    assert not full.is_complete(TEXTS) and missing(full, TEXTS) == []
     with pytest.raises(UserError):
         full.open()
     full.publish()
@@ -234,13 +248,13 @@ def test_a_shard_that_is_cut_or_gone_counts_as_missing(full, caplog, damage):
     path = write(full, TEXTS[4:8])
     damage(path)
     with caplog.at_level(logging.WARNING, "flipkd_dist"):
-        assert full.missing(TEXTS) == TEXTS[4:8] and full.missing(TEXTS) == TEXTS[4:8]
+        assert missing(full, TEXTS) == TEXTS[4:8] and missing(full, TEXTS) == TEXTS[4:8]
     assert [path.name in record.getMessage() for record in caplog.records] == [True] * (damage is cut)  # said once
     assert not full.is_complete(TEXTS[:1])
     full.publish()  # does not declare it
     assert not full.is_complete(TEXTS) and full.is_complete(TEXTS[:4])
     write(full, TEXTS[4:8])
-    assert full.missing(TEXTS) == []
+    assert missing(full, TEXTS) == []
     full.publish()
     assert np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))
 
@@ -249,7 +263,7 @@ def test_a_flipped_bit_is_noticed_when_a_shard_is_published(full, caplog):
     flip_vector(write(full, TEXTS[4:8]), TEXTS[5])
     assert np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))  # the index has its own copy
     full.publish(rebuild=True)
-    assert "cannot be used" in caplog.text and full.missing(TEXTS) == TEXTS[4:8] and not full.is_complete(TEXTS)
+    assert "cannot be used" in caplog.text and missing(full, TEXTS) == TEXTS[4:8] and not full.is_complete(TEXTS)
     assert len(list(full.folder.glob("*.damaged"))) == 1
     write(full, TEXTS[4:8])
     full.publish()
@@ -259,7 +273,7 @@ def test_a_flipped_bit_is_noticed_when_a_shard_is_published(full, caplog):
 def test_a_flipped_bit_of_a_key_is_noticed_without_reading_vectors(store, caplog):
     path = write(store, TEXTS[4:8])
     flip(path, path.read_bytes().find(keys_of([TEXTS[5]]).tobytes()) + 9)
-    assert store.missing(TEXTS[4:8]) == TEXTS[4:8] and path.name in caplog.text
+    assert missing(store, TEXTS[4:8]) == TEXTS[4:8] and path.name in caplog.text
 
 
 def test_vectors_of_other_keys_are_noticed(store, caplog):
@@ -300,7 +314,7 @@ def other_index(path):
 @pytest.mark.parametrize("damage", [cut, delete, other_index, lambda path: path.write_bytes(b"")])
 def test_an_index_that_is_missing_cut_or_foreign_is_refused_and_built_again(full, suffix, damage):
     damage(index_file(full, suffix))
-    assert not full.is_complete(TEXTS[:1]) and full.missing(TEXTS) == []
+    assert not full.is_complete(TEXTS[:1]) and missing(full, TEXTS) == []
     with pytest.raises(UserError, match=rf"\.{suffix}: .*flipkd store verify --repair"):
         full.open()
     full.publish()
@@ -320,7 +334,7 @@ def test_an_index_that_is_missing_cut_or_foreign_is_refused_and_built_again(full
 def test_two_teachers_used_in_turn_stay_complete(full, change):
     before = {path: path.read_bytes() for path in full.folder.iterdir() if path.name != "manifest.json"}
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), **change}))
-    assert other.spec.key != SPEC.key and other.missing(TEXTS) == TEXTS and not other.is_complete([])
+    assert other.spec.key != SPEC.key and missing(other, TEXTS) == TEXTS and not other.is_complete([])
     with pytest.raises(UserError):
         other.open()
     full_store(full.folder, other.spec, sign=-1)
@@ -334,14 +348,14 @@ def test_two_teachers_used_in_turn_stay_complete(full, change):
 
 def test_a_vector_of_another_size_is_another_store(full):
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), "hidden_size": 7}))
-    assert other.missing(TEXTS) == TEXTS
+    assert missing(other, TEXTS) == TEXTS
 
 
 def test_a_shard_under_another_teachers_name_is_not_used(full, caplog):
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), "pooling": "cls"}))
     for path in shards(full):
         path.rename(path.with_name(path.name.replace(SPEC.key, other.spec.key)))
-    assert other.missing(TEXTS) == TEXTS and "specification" in caplog.text
+    assert missing(other, TEXTS) == TEXTS and "specification" in caplog.text
     other.publish()
     assert not other.is_complete(TEXTS[:1])
 
