@@ -17,7 +17,7 @@ from typing import Any
 from flipkd_dist.config import TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line
-from flipkd_dist.ray_storage import check_reached, check_written
+from flipkd_dist.ray_storage import check_reached, check_written, comes
 from flipkd_dist.score import Scored
 from flipkd_dist.scorer import Scorer
 from flipkd_dist.store import Store
@@ -213,7 +213,7 @@ class Pool:
 
     def _scored(self, shard: Shard, scored: Scored, host: str) -> int:
         """The number of texts of a shard, once it is seen here."""
-        if not scored.path.exists() and not self.store.holds(shard.texts).all():  # it may have been merged since
+        if not comes(scored.path, 0) and not self.store.holds(shard.texts).all():  # it may have been merged since
             check_written(scored.path, host)
         self.num_texts += scored.num_texts
         self.num_truncated += scored.num_truncated
@@ -249,6 +249,7 @@ class Pool:
         logger.warning("teacher pool: an actor is gone, its shards are given out again (%s)", one_line(error))
         for place, (_, shard) in enumerate(member.work):
             if place == 0 and self.store.holds(shard.texts).all():
+                self.num_texts += len(shard.texts)
                 yield len(shard.texts)
                 continue
             shard.num_deaths += place == 0

@@ -5,6 +5,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def _not_shared(node: str, folder: Path) -> UserError:
 def comes(path: Path, patience_s: float = SHARD_PATIENCE_S) -> bool:
     """Whether a file that another node has written is here, or comes within the time."""
     end = time.monotonic() + patience_s
-    while not path.exists():
+    while True:
+        with suppress(OSError):  # not there, or a stale handle
+            path.stat()
+            return True
         if time.monotonic() >= end:
             return False
         time.sleep(0.2)
-    return True
 
 
 def check_reached(folder: Path, nodes: dict[str, str] | None = None, ask: Ask | None = None) -> None:

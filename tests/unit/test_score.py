@@ -214,6 +214,19 @@ def test_survey_counts_unique_texts_and_knows_what_is_there(store):
     assert survey(iter(MANY), store) == (40, True)
 
 
+def test_survey_shows_that_it_goes_on(store, monkeypatch):
+    shown = []
+
+    class Bar(score_module.tqdm):
+        def close(self):
+            shown.append((self.desc, self.unit, self.n))
+            super().close()
+
+    monkeypatch.setattr(score_module, "tqdm", Bar)
+    survey(MANY + MANY, store)
+    assert shown[0] == ("check", " texts", 80)
+
+
 def test_with_a_real_encoder(tmp_path):
     folder = save_tiny_teacher(tmp_path / "model")
     teacher = Teacher(folder, "mean", 32)
