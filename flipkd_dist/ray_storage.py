@@ -106,8 +106,8 @@ def _ask_by_task(nodes: list[str], path: Path, content: str) -> list[bool | None
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-    task = ray.remote(sees).options(num_cpus=0, max_retries=0)
-    asked = [task.options(scheduling_strategy=on).remote(path, content) for on in there]
+    task, options = ray.remote(sees), dict(num_cpus=0, max_retries=0)
+    asked = [task.options(scheduling_strategy=on, **options).remote(path, content) for on in there]
     end = time.monotonic() + ANSWER_S
     return [_answer(reference, node, end) for reference, node in zip(asked, nodes, strict=True)]
 

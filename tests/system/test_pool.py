@@ -16,6 +16,7 @@ from deadly_teacher import BrokenSource, DeadlySource
 from tiny import save_student, sentences
 from tiny_teacher import save_tiny_teacher
 
+from flipkd_dist import ray_storage
 from flipkd_dist.config import TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import fingerprint
@@ -313,7 +314,12 @@ def test_a_node_is_lost(model, undisturbed, tmp_path, joined):
     joined.wait_for_nodes()
     try:
         source = make_source(model, num_workers=4)
+        nodes = list(ray_storage._nodes())
         fill(source, tmp_path, NUM_TEXTS // 4, partial(joined.remove_node, second, allow_graceful=False))
+        token = tmp_path / "token"
+        token.write_text("it")
+        assert sorted(ray_storage._ask_by_task(nodes, token, "it"), key=str) == [None, True]  # the second has left
+        ray_storage.check_reached(tmp_path)
     finally:
         if second in joined.list_all_nodes():
             joined.remove_node(second)

@@ -96,9 +96,8 @@ def test_what_a_node_does_not_say_is_no_if_it_lives(monkeypatch, tmp_path, fails
     ray, strategies = ModuleType("ray"), ModuleType("ray.util.scheduling_strategies")
     strategies.NodeAffinitySchedulingStrategy = lambda node, soft: node
     ray.exceptions = SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError)
-    task = SimpleNamespace()
-    task.options = lambda scheduling_strategy="", **_: (
-        SimpleNamespace(remote=lambda *_: scheduling_strategy) if scheduling_strategy else task
+    task = SimpleNamespace(
+        options=lambda scheduling_strategy, **_: SimpleNamespace(remote=lambda *_: scheduling_strategy)
     )
     ray.remote, ray.get, ray.cancel = lambda _: task, get, lambda reference, force: cancelled.append(reference)
     node = dict(NodeManagerHostname="h", NodeManagerAddress="a")
