@@ -67,11 +67,12 @@ def pool(folder: Path, threads: int, batch_size: int, scratch: Path):
     from flipkd_dist.score import score
     from flipkd_dist.store import Store, StoreSpec
     from flipkd_dist.teacher import teacher_hidden_size
-    from flipkd_dist.teacher_source import TeacherSource
+    from flipkd_dist.teacher_source import FolderPart, TeacherSource
 
     settings = TeacherConfig(model_name_or_path=str(folder), batch_size=batch_size, num_workers=threads)
-    spec = StoreSpec(fingerprint(folder), settings.pooling, 128, teacher_hidden_size(folder))
-    source, store, loaded = TeacherSource(settings, (folder,), spec), Store(scratch / "teacher", spec), []
+    spec = StoreSpec(fingerprint(folder), "mean", settings.max_length, teacher_hidden_size(folder))
+    source = TeacherSource(settings, (FolderPart(folder, None, spec),), (1.0,), spec)
+    store, loaded = Store(scratch / "teacher", spec), []
 
     class Kept(Pool):
         """A pool whose actors stay from run to run."""

@@ -68,6 +68,13 @@ class TeacherConfig(Section):
     scale: Literal["auto", "cosine", "probability", "logit"] = "auto"  # of cross_encoder and scores
     calibrate: bool = False  # map similarities to the probability of a match, fitted on the training pairs
 
+    @field_validator("num_workers")
+    @classmethod
+    def _min_is_not_above_max(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and value[0] > value[1]:
+            raise ValueError(f"[min, max] with min above max: write [{value[1]}, {value[0]}]")
+        return value
+
 
 class TeachConfig(Section):
     """How `flipkd teach` fine-tunes the teacher on the same pairs."""

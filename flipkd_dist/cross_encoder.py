@@ -16,7 +16,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import TOKENIZER_FILES, check_files, fingerprint, one_line, resolve_model
 from flipkd_dist.run_folder import read_json
 from flipkd_dist.store import StoreSpec
-from flipkd_dist.teacher import num_positions, quiet
+from flipkd_dist.teacher import count_longer, num_positions, quiet
 
 KEY = "teacher.cross_encoder"
 
@@ -74,6 +74,7 @@ class CrossEncoder:
             raise UserError(f"{KEY}: {folder}: the tokenizer has more tokens than the model: they do not fit together")
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
         self.max_length = int(min(max_length, num_positions(model), self.tokenizer.model_max_length))
+        self.num_truncated = 0  # pairs that were cut so far
         self.model = model.eval().to(device)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders find the last token by it
 
@@ -92,7 +93,12 @@ class CrossEncoder:
             return scores
         sides = [list(side) for side in zip(*(text.split("\0") for text in texts), strict=True)]
         tokens = self.tokenizer(*sides, truncation="longest_first", max_length=self.max_length)
-        longest_first = np.argsort([-len(ids) for ids in tokens["input_ids"]], kind="stable")
+        lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+        full = np.flatnonzero(lengths == self.max_length)  # only these may have been cut
+        self.num_truncated += count_longer(
+            self.tokenizer, self.max_length, *([side[k] for k in full] for side in sides)
+        )
+        longest_first = np.argsort(-lengths, kind="stable")
         for start in range(0, len(texts), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = self.tokenizer.pad({k: [v[row] for row in rows] for k, v in tokens.items()}, return_tensors="pt")

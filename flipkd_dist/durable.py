@@ -13,6 +13,7 @@ from typing import BinaryIO
 from flipkd_dist.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
 
 
 @contextmanager
@@ -40,6 +41,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _locked(file: BinaryIO, wait: bool) -> bool:
+    """Take the lock of a file that is open for writing, as NFS wants it; False on a file system without locks.
+
+    Raises:
+        BlockingIOError: somebody else has it, and `wait` is not set.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that gets its name once it is complete and on the disk; nothing stays of one that failed.
@@ -52,8 +68,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _locked(file, wait=False)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,22 +80,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sweep(drafts: Iterable[Path]) -> None:
-    """Remove the drafts of killed writers; one that is being written is locked and stays."""
+    """Remove the drafts of killed writers; one that is being written is locked and stays, any one without locks."""
     for draft in drafts:
-        with suppress(OSError):
-            with draft.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                draft.unlink()
+        with suppress(BlockingIOError, FileNotFoundError):  # being written; finished meanwhile
+            with draft.open("r+b") as file:
+                if _locked(file, wait=False):
+                    draft.unlink()
 
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until nobody else holds this folder; on a file system without locks nothing is waited for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    """Wait until nobody else holds this folder, by the file `.lock` in it; without locks nothing is waited for.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with room_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("ab")
+    with file:
+        _locked(file, wait=True)
         yield
-    finally:
-        os.close(descriptor)

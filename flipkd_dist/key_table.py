@@ -1,14 +1,26 @@
 """Which keys have been seen, of any number of them: a table on local disk, gone with its process."""
 
+from typing import Self
+
 from flipkd_dist.temporary_database import digest, temporary_database
 
 
 class KeyTable:
-    """Keys and where they came first, in a temporary database: about 40 bytes a key besides what is kept with it."""
+    """Keys and where they came first, in a temporary database: about 40 bytes a key besides what is kept with it.
 
-    def __init__(self):
+    A context manager, gone when it is left.
+
+    Raises:
+        UserError: when it is left, where there was no room.
+    """
+
+    def __enter__(self) -> Self:
         self._open = temporary_database("seen (key BLOB PRIMARY KEY, value) WITHOUT ROWID")
         self._database = self._open.__enter__()
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._open.__exit__(*error)  # which turns SQLite's word for a full disk into ours
 
     def add(self, key: bytes, value: str | None = None) -> bool:
         """Whether the key is new; it keeps the value that it came with first."""
@@ -20,6 +32,3 @@ class KeyTable:
         if self.add(key, value):
             return value
         return self._database.execute("SELECT value FROM seen WHERE key = ?", (key,)).fetchone()[0]
-
-    def close(self) -> None:
-        self._open.__exit__(None, None, None)

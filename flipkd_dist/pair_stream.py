@@ -1,6 +1,7 @@
 """The labelled pairs of a run as a stream: read again for each pass, so that no number of them fills the memory."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from flipkd_dist.config import DataConfig
@@ -39,10 +40,10 @@ class PairStream:
         """First and second text of every pair of every split, repeated ones too."""
         for split in SPLITS:
             if split == "train" or getattr(self.data, split) is not None:
-                ids = KeyTable() if check_ids else None
                 number = 0
-                for pair in self.pairs(split, ids):
-                    number += 1
-                    yield pair.text_a
-                    yield pair.text_b
+                with KeyTable() if check_ids else nullcontext() as ids:
+                    for pair in self.pairs(split, ids):
+                        number += 1
+                        yield pair.text_a
+                        yield pair.text_b
                 self.num_pairs[split] = number

@@ -13,7 +13,7 @@ from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts
 from flipkd_dist.pair_stream import PairStream
 from flipkd_dist.preflight import Inputs, check_inputs
-from flipkd_dist.ray_launch import join_or_start_ray, run_workers
+from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder, digest, read_json, write_json
@@ -56,9 +56,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 
 class Pipeline:
-    def __init__(self, config: RunConfig, on_ray: bool = True):
+    def __init__(self, config: RunConfig, on_ray: bool = True, trains: bool = True):
         """Checks every input before anything is started or written.
 
+        Args:
+            trains: whether there will be training workers; False: the pool of teachers is all that runs.
         Raises:
             UserError
         """
@@ -73,6 +75,8 @@ class Pipeline:
         if on_ray:
             if self._needs_workers():
                 join_or_start_ray(self.config)
+                if trains:
+                    check_room(self.config)
             self.folder.open()
 
     def _needs_workers(self) -> bool:
@@ -205,7 +209,7 @@ def score_files(config: RunConfig) -> None:
     folder = RunFolder(config)
     tables = config.teacher.cross_encoder or config.teacher.scores or config.teacher.calibrate
     if tables or folder.checkpoints.exists() or folder.adapter.exists():  # whose data must be the same, so they fit
-        Pipeline(config).score()
+        Pipeline(config, trains=False).score()
         return
     start, inputs, pairs = time.monotonic(), check_inputs(config, splits=()), PairStream(config.data)
     _announce_taught(inputs)

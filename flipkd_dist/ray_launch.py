@@ -14,11 +14,7 @@ logger = logging.getLogger("flipkd_dist")
 
 
 def join_or_start_ray(config: RunConfig) -> None:
-    """Join the cluster at RAY_ADDRESS, or start one on this machine; refuse what it can never run.
-
-    Raises:
-        UserError: more workers than a cluster without autoscaling has.
-    """
+    """Join the cluster at RAY_ADDRESS, or start one on this machine."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -31,6 +27,16 @@ def join_or_start_ray(config: RunConfig) -> None:
         taken = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, logging_level=logging.WARNING, **options)
         signal.signal(signal.SIGTERM, taken)  # ray.init puts a handler of its own in its place
+
+
+def check_room(config: RunConfig) -> None:
+    """Refuse training workers that the joined cluster can never run.
+
+    Raises:
+        UserError: more than a cluster without autoscaling has.
+    """
+    import ray
+
     need = worker_resources(config)
     have = ray.cluster_resources()
     for resource, amount in need.items():

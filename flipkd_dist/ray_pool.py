@@ -16,8 +16,10 @@ from typing import Any
 
 from flipkd_dist.config import TeacherConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.ray_storage import check_reached
-from flipkd_dist.score import score_shard
+from flipkd_dist.model_files import one_line
+from flipkd_dist.ray_storage import check_reached, check_written, comes
+from flipkd_dist.score import Scored
+from flipkd_dist.scorer import Scorer
 from flipkd_dist.store import Store
 from flipkd_dist.teacher_source import TeacherSource
 
@@ -25,21 +27,6 @@ logger = logging.getLogger("flipkd_dist")
 IN_FLIGHT = 2  # shards of an actor, in work and waiting: it never waits for the driver, and the driver reads no further
 RETRIES = 3  # of a shard whose actor died, and of starts in a row that failed
 POLL_S = 1.0  # how often the pool looks whether the cluster has got room
-
-
-class Scorer:
-    """What lives in an actor: one loaded teacher."""
-
-    def load(self, source: TeacherSource, store: Store, device: str) -> None:
-        """Apart from the constructor, so that a UserError reaches the driver as such."""
-        import torch
-
-        torch.set_num_threads(source.settings.num_cpus_per_worker)
-        os.environ["RAYON_NUM_THREADS"] = str(source.settings.num_cpus_per_worker)  # of the tokenizer
-        self.teacher, self.store, self.batch_size = source.load(device), store, source.settings.batch_size
-
-    def score(self, shard: list[str]) -> int:
-        return score_shard(self.teacher, self.store, self.batch_size, shard)
 
 
 @dataclass
@@ -53,6 +40,7 @@ class Member:
     """An actor of the pool; what it was given ends in the order given."""
 
     handle: Any
+    placed: Any  # a reference, ready once the actor has found its place and runs
     loading: Any  # the reference of `load`; None once it is done
     work: deque[tuple[Any, Shard]] = field(default_factory=deque)  # (reference, shard)
 
@@ -83,11 +71,11 @@ def map_on_actors(source: TeacherSource, store: Store, timeout_s: float, shards:
     """Score shards on a pool of `teacher.num_workers` actors, in any order; its actors end with it.
 
     Args:
-        timeout_s: how long to wait while no actor runs.
+        timeout_s: how long to wait while no actor finds room; a warning comes when as long no shard ends.
     Yields:
         the number of texts of each shard that is complete.
     Raises:
-        UserError: no actor could start, or as raised in an actor.
+        UserError: no actor found room, a node's shards do not come here, or as raised in an actor.
         RuntimeError: a shard or the start of an actor failed for good.
     """
     pool = Pool(source, store, timeout_s, shards)
@@ -105,7 +93,9 @@ class Pool:
         self.shards, self.returned = shards, deque()  # still to come, and given back by actors that died
         self.following: Shard | None = None  # the next of the stream: there is work as long as there is one
         self.members: list[Member] = []
-        self.num_failed_starts, self.alive = 0, time.monotonic()  # in a row; when an actor last ran
+        self.num_failed_starts = 0  # in a row
+        self.heard, self.num_silent = time.monotonic(), 1  # when an actor last came or ended something; for warnings
+        self.num_texts = self.num_truncated = 0  # scored, and cut
 
     def run(self) -> Iterator[int]:
         import ray
@@ -119,6 +109,7 @@ class Pool:
         self.need = actor_resources(self.source.settings)
         for _ in range(max(1, min(len(first), self._room()))):
             self._start()
+        self._hear()
         while self._feed():
             self._grow()
             references = [member.reference for member in self.members if member.reference is not None]
@@ -128,7 +119,8 @@ class Pool:
                 time.sleep(POLL_S)
             for member in list(self.members):
                 yield from self._reports(member)
-            self._check_alive()
+            self._check_silence()
+        self._tell_cuts()
 
     def close(self) -> None:
         import ray
@@ -170,10 +162,17 @@ class Pool:
         return min(int(free.get(name, 0.0) / amount + 1e-6) for name, amount in self.need.items())
 
     def _grow(self) -> None:
-        """One more actor while shards wait for one; never two that wait for room."""
-        loading = any(member.loading is not None for member in self.members)
-        if self._waits() and not loading and len(self.members) < self.most and (not self.members or self._room()):
+        """One more actor while shards wait for one; never two that wait for room.
+
+        Where an autoscaler brings nodes, as many at once as there are already: it takes minutes for each.
+        """
+        num_loading = sum(member.loading is not None for member in self.members)
+        at_once = max(1, len(self.members) - num_loading) if autoscales() else 1
+        while self._waits() and num_loading < at_once and len(self.members) < self.most:
+            if self.members and not self._room():
+                return
             self._start()
+            num_loading += 1
 
     def _start(self) -> None:
         import ray
@@ -182,7 +181,8 @@ class Pool:
         # The pool replaces actors itself: Ray would blame a death on every shard that the actor had been given.
         handle = ray.remote(Scorer).options(max_restarts=0, max_task_retries=0, **options).remote()
         device = "cuda" if "GPU" in self.need else "cpu"
-        self.members.append(Member(handle, handle.load.remote(self.source, self.store, device)))
+        placed = handle.__ray_ready__.remote()
+        self.members.append(Member(handle, placed, handle.load.remote(self.source, self.store, device)))
 
     def _reports(self, member: Member) -> Iterator[int]:
         """What an actor has finished since it was last asked."""
@@ -191,68 +191,103 @@ class Pool:
 
         while (reference := member.reference) is not None and ray.wait([reference], timeout=0, fetch_local=False)[0]:
             try:
-                num_texts = ray.get(reference)
+                result = ray.get(reference)
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, UserError):
                     raise UserError(str(cause)) from None
-                raise RuntimeError(f"teacher actor: {type(cause).__name__}: {_one_line(cause)}") from error
+                if isinstance(cause, OSError):  # of a disk or a file system: another node may fare better
+                    yield from self._lost(member, cause)
+                    return
+                raise RuntimeError(f"teacher actor: {type(cause).__name__}: {one_line(cause)}") from error
             except RayError as error:  # the actor, its process or its node is gone
                 yield from self._lost(member, error)
                 return
-            self.alive = time.monotonic()
+            self._hear()
             if member.loading is not None:
                 member.loading, self.num_failed_starts = None, 0
                 logger.debug("teacher pool: %d actors", len(self.members))
             else:
-                member.work.popleft()
-                yield num_texts
+                _, shard = member.work.popleft()
+                yield self._scored(shard, *result)
+
+    def _scored(self, shard: Shard, scored: Scored, host: str) -> int:
+        """The number of texts of a shard, once it is seen here."""
+        if not comes(scored.path, 0) and not self.store.holds(shard.texts).all():  # it may have been merged since
+            check_written(scored.path, host)
+        self.num_texts += scored.num_texts
+        self.num_truncated += scored.num_truncated
+        return scored.num_texts
+
+    def _tell_cuts(self) -> None:
+        if self.num_truncated:
+            length = self.source.settings.max_length
+            what, to = ("pairs", "twice ") if self.store.spec.hidden_size == 1 else ("texts", "")
+            logger.warning(
+                "%d of %d %s were cut to %steacher.max_length = %d tokens",
+                self.num_truncated, self.num_texts, what, to, length,
+            )  # fmt: skip
+
+    def _hear(self) -> None:
+        self.heard, self.num_silent = time.monotonic(), 1
 
     def _lost(self, member: Member, error: Exception) -> Iterator[int]:
         """Another actor does what this one was given, but for what it had written before it died."""
         import ray
 
         self.members.remove(member)
+        self._hear()
         ray.kill(member.handle)  # it may only be out of reach, and would keep its place
         if member.loading is not None:
             self.num_failed_starts += 1
             if self.num_failed_starts > RETRIES:
                 raise RuntimeError(
                     f"teacher actors: {self.num_failed_starts} died in a row while they loaded the model "
-                    f"({_one_line(error)})"
+                    f"({one_line(error)})"
                 ) from None
             return
-        logger.warning("teacher pool: an actor is gone, its shards are given out again")
+        logger.warning("teacher pool: an actor is gone, its shards are given out again (%s)", one_line(error))
         for place, (_, shard) in enumerate(member.work):
             if place == 0 and self.store.holds(shard.texts).all():
+                self.num_texts += len(shard.texts)
                 yield len(shard.texts)
                 continue
             shard.num_deaths += place == 0
             if shard.num_deaths > RETRIES:
                 raise RuntimeError(
                     f"teacher pool: a shard of {len(shard.texts)} texts, the first of them {_short(shard.texts[0])}, "
-                    f"ended {shard.num_deaths} actors ({_one_line(error)})"
+                    f"ended {shard.num_deaths} actors ({one_line(error)})"
                 ) from None
             self.returned.append(shard)
 
-    def _check_alive(self) -> None:
-        """Refuse to wait for ever for a cluster without room."""
-        if any(member.loading is None for member in self.members):
-            self.alive = time.monotonic()
-        elif time.monotonic() - self.alive > self.timeout_s:
-            import ray
+    def _check_silence(self) -> None:
+        """Refuse to wait for ever for a cluster without room; say so where work or a start takes long."""
+        import ray
 
-            need = ", ".join(f"{amount:g} {name}" for name, amount in self.need.items())
-            free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in self.need)
-            raise UserError(
-                f"teacher.num_workers: no scoring actor started within distributed.timeout_s = {self.timeout_s:g} s: "
-                f"one needs {need}, the Ray cluster has {free} free: lower teacher.num_cpus_per_worker and "
-                "teacher.num_gpus_per_worker, or add nodes"
-            )
+        silent_s = time.monotonic() - self.heard
+        if silent_s < self.num_silent * self.timeout_s:
+            return
+        self.num_silent += 1
+        working = sum(member.loading is None for member in self.members)
+        starting = [member.placed for member in self.members if member.loading is not None]
+        loading = len(ray.wait(starting, num_returns=len(starting), timeout=0)[0]) if starting else 0
+        if working:
+            logger.warning("teacher pool: no shard has ended for %.0f s, %d actors are at work", silent_s, working)
+        elif loading:
+            logger.warning("teacher pool: %d actors still load the model after %.0f s", loading, silent_s)
+        else:
+            raise self._no_room()
 
+    def _no_room(self) -> UserError:
+        import ray
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+        need = ", ".join(f"{amount:g} {name}" for name, amount in self.need.items())
+        free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in self.need)
+        return UserError(
+            f"teacher.num_workers: no scoring actor started within distributed.timeout_s = {self.timeout_s:g} s: "
+            f"one needs {need}, the Ray cluster has {free} free: lower teacher.num_cpus_per_worker and "
+            "teacher.num_gpus_per_worker, or add nodes"
+        )
 
 
 def _short(text: str) -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,25 +24,34 @@ MapShards = Callable[[Iterator[list[str]]], Generator[int]]
 class ScoreSummary:
     num_texts: int  # unique
     num_new: int  # texts that were encoded now
-    seconds: float
     is_whole: bool = True  # False: a shard turned out to be damaged, its texts are to be scored again
 
 
-def score_shard(teacher: Encoder, store: Store, batch_size: int, texts: list[str]) -> int:
-    """Encode and store one shard; returns its number of texts. This is all that a worker does."""
-    store.write_shard(texts, teacher.encode(texts, batch_size))
-    return len(texts)
+@dataclass(frozen=True)
+class Scored:
+    """What a worker tells of a shard that it has written."""
+
+    path: Path
+    num_texts: int
+    num_truncated: int  # of them, cut to the teacher's maximum length
+
+
+def score_shard(teacher: Encoder, store: Store, batch_size: int, texts: list[str]) -> Scored:
+    """Encode and store one shard. This is all that a worker does."""
+    before = teacher.num_truncated
+    path = store.write_shard(texts, teacher.encode(texts, batch_size))
+    return Scored(path, len(texts), teacher.num_truncated - before)
 
 
 def score_shards_here(teacher: Encoder, store: Store, batch_size: int = 64) -> MapShards:
     """The mapper that needs no workers: one shard after the other in this process."""
-    return lambda shards: (score_shard(teacher, store, batch_size, shard) for shard in shards)
+    return lambda shards: (score_shard(teacher, store, batch_size, shard).num_texts for shard in shards)
 
 
 def survey(texts: Iterable[str], store: Store) -> tuple[int, bool]:
-    """(how many unique texts, whether the store is complete for them); reads the whole stream."""
+    """(how many unique texts, whether the store is complete for them); reads the whole stream, with a progress bar."""
     num_texts, is_complete = 0, True
-    for window in windows(texts):
+    for window in windows(tqdm(texts, desc="check", unit=" texts", delay=3)):
         num_texts += len(window)
         is_complete = is_complete and store.is_complete(window)
     return num_texts, is_complete
@@ -73,7 +83,7 @@ def score(
         logger.info("%s store: all %d texts are there, nothing to do", name, missing.num_texts)
     else:
         logger.info("%s store: %d of %d texts are new, %.1f s", name, num_new, missing.num_texts, seconds)
-    return ScoreSummary(missing.num_texts, num_new, seconds, is_whole)
+    return ScoreSummary(missing.num_texts, num_new, is_whole)
 
 
 class _Missing:

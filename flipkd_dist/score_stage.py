@@ -18,7 +18,8 @@ from flipkd_dist.pair_stream import PairStream
 from flipkd_dist.preflight import Inputs
 from flipkd_dist.ray_pool import map_on_actors
 from flipkd_dist.score import score
-from flipkd_dist.store import Store, StoreReader
+from flipkd_dist.signals import TextTeacher
+from flipkd_dist.store import Store
 from flipkd_dist.teacher_source import TeacherSource
 from flipkd_dist.teacher_stage import calibrate, fill_pair_store, off_diagonal_sample, open_signals
 
@@ -88,16 +89,7 @@ def score_streams(inputs: Inputs, pairs: PairStream, num_texts: int) -> None:
     fill_store(inputs.config, Job(inputs.teacher, inputs.store, pairs.texts, num_texts))
     labelled = ((pair.text_a, pair.text_b, pair.label, pair.id) for pair in pairs.pairs("train"))
     num_pairs, seed = pairs.num_pairs["train"], inputs.config.seed
-    tell(inputs, similarities(labelled, num_pairs, cosines(inputs.store.open()), seed), num_texts)
-
-
-def cosines(reader: StoreReader) -> SimilarityOf:
-    """The similarity of texts whose unit vectors the store holds."""
-
-    def similarity_of(texts_a: list[str], texts_b: list[str]) -> np.ndarray:
-        return np.einsum("nd,nd->n", reader.vectors(texts_a), reader.vectors(texts_b))
-
-    return similarity_of
+    tell(inputs, similarities(labelled, num_pairs, TextTeacher(inputs.store.open()).of_texts, seed), num_texts)
 
 
 @dataclass(frozen=True, eq=False)

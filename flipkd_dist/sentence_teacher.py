@@ -92,7 +92,7 @@ class SentenceTeacher:
             texts, prompt=self.prompt, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
         )
         whole = [self.prompt + text for text in texts]
-        self.num_truncated += count_longer(self.model.tokenizer, whole, self.max_length)
+        self.num_truncated += count_longer(self.model.tokenizer, self.max_length, whole)
         if not np.isfinite(vectors).all():
             raise UserError(
                 f"teacher {self.folder}: some vectors are not finite: the weights are damaged, get them again"

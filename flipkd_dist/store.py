@@ -92,11 +92,6 @@ class Store:
             found.append(keys.holds(asked) | (index.find(asked)[1] if index else False))
         return np.concatenate(found)
 
-    def missing(self, texts: Iterable[str]) -> list[str]:
-        """The unique texts that no complete shard holds, in the order given."""
-        unique = list(dict.fromkeys(texts))
-        return [text for text, is_there in zip(unique, self.holds(unique), strict=True) if not is_there]
-
     def is_complete(self, texts: Iterable[str]) -> bool:
         """Whether every text is published, in shards that are all there; a few texts are in memory at a time."""
         index, _ = self._published(self.shards())
@@ -148,10 +143,19 @@ class Store:
             entries = {}
         try:
             write_entries(self.folder, entries | {self.spec.key: new_entry(self.spec, listed, index)})
-        except BaseException:
-            for path in index_paths(self.folder, self.spec.key, index["id"]):
-                path.unlink(missing_ok=True)
+        except BaseException:  # a signal or a failing sync may come after the new manifest has its name
+            if not self.is_named(index["id"]):
+                for path in index_paths(self.folder, self.spec.key, index["id"]):
+                    path.unlink(missing_ok=True)
             raise
+
+    def is_named(self, index_id: str) -> bool:
+        """Whether the manifest sends readers to this index."""
+        try:
+            entry = self.entry()
+        except UserError:
+            return False
+        return entry is not None and entry["index"]["id"] == index_id
 
     def _parts(self, names: list[str], listed: list[dict]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(keys, rows, checksums) of those shards that can be read, which are noted in `listed`."""

@@ -97,6 +97,12 @@ class _Merge:
         shard = Shard.of(keys[:count], vectors[:count])
         path = shard_path(self.store.folder, self.store.spec, shard)
         if path.name not in self.existing:  # else these very texts are there already
-            self.undo.callback(path.unlink, missing_ok=True)
+            self.undo.callback(self.take_back, path)
             write_shard(self.store.folder, self.store.spec, shard)
         self.kept.add(path.name)
+
+    def take_back(self, path: Path) -> None:
+        """Remove a shard that was merged in vain, unless an error came after its publication."""
+        entry = self.store.entry()
+        if entry is None or path.name not in (shard["name"] for shard in entry["shards"]):
+            path.unlink(missing_ok=True)

@@ -108,11 +108,11 @@ def prompt_length(tokenizer, prompt: str, max_length: int) -> int:
     return length
 
 
-def count_longer(tokenizer, texts: list[str], max_length: int) -> int:
-    """How many of the texts have more than `max_length` tokens, special ones included."""
-    if not texts:
+def count_longer(tokenizer, max_length: int, *texts: list[str]) -> int:
+    """How many texts, or pairs of texts, have more than `max_length` tokens, special ones included."""
+    if not texts[0]:
         return 0
-    ids = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(*texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
     return sum(len(one) > max_length for one in ids)
 
 
@@ -192,7 +192,7 @@ class Teacher:
         )
         lengths = np.array([len(ids) for ids in tokens["input_ids"]])
         full = [texts[row] for row in np.flatnonzero(lengths == self.max_length)]
-        self.num_truncated += count_longer(self.tokenizer, full, self.max_length)
+        self.num_truncated += count_longer(self.tokenizer, self.max_length, full)
         longest_first = np.argsort(-lengths, kind="stable")  # memory that is too small shows at once
         start = 0
         while start < len(texts):

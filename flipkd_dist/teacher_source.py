@@ -79,8 +79,8 @@ class WeightedTeacher:
 
     @property
     def num_truncated(self) -> int:
-        """Texts cut so far, of all encoders together."""
-        return sum(encoder.num_truncated for encoder in self.encoders)
+        """Texts cut so far, by the encoder that cut most of them."""
+        return max(encoder.num_truncated for encoder in self.encoders)
 
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         """Unit vectors, float32 [n, sum of the d]: the encoders' own, each times the root of its weight."""

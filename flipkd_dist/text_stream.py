@@ -17,8 +17,8 @@ MULTIPLE, LARGEST = 64, 2048  # texts of a shard: whole batches, and not more th
 
 def windows(texts: Iterable[str]) -> Iterator[list[str]]:
     """The normalised texts, each at its first occurrence only, in windows in the order of the stream."""
-    seen, window, num_characters = KeyTable(), [], 0
-    try:
+    window, num_characters = [], 0
+    with KeyTable() as seen:
         for text in texts:
             if not seen.add(text_key(text)):
                 continue
@@ -29,8 +29,6 @@ def windows(texts: Iterable[str]) -> Iterator[list[str]]:
                 window, num_characters = [], 0
         if window:
             yield window
-    finally:
-        seen.close()
 
 
 def shard_size(num_texts: int) -> int:

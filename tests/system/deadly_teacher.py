@@ -1,5 +1,6 @@
 """Teachers of a pool that die, make mistakes or cannot be loaded; apart from the tests, for actors import this."""
 
+import errno
 import os
 import signal
 
@@ -11,7 +12,7 @@ class Deadly:
     """An encoder to which some words happen."""
 
     def __init__(self, inner):
-        self.inner = inner
+        self.inner, self.num_truncated = inner, 0
 
     def encode(self, texts, batch_size):
         if any("bomb" in text for text in texts):
@@ -20,6 +21,8 @@ class Deadly:
             raise UserError("teacher.prompt: it holds a mistake: remove it")
         if any("bug" in text for text in texts):
             raise ValueError("a bug of ours")
+        if any("stale" in text for text in texts):
+            raise OSError(errno.ESTALE, "Stale file handle")
         return self.inner.encode(texts, batch_size)
 
 

@@ -16,6 +16,7 @@ from deadly_teacher import BrokenSource, DeadlySource
 from tiny import save_student, sentences
 from tiny_teacher import save_tiny_teacher
 
+from flipkd_dist import ray_storage
 from flipkd_dist.config import TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import fingerprint
@@ -23,7 +24,7 @@ from flipkd_dist.ray_pool import map_on_actors
 from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.store import Store, StoreSpec
 from flipkd_dist.teacher import Teacher
-from flipkd_dist.teacher_source import TeacherSource
+from flipkd_dist.teacher_source import FolderPart, TeacherSource
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,8 @@ WIDE = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=4, interme
 
 def make_source(folder: Path, kind=TeacherSource, **settings) -> TeacherSource:
     settings = TeacherConfig(model_name_or_path=str(folder), max_length=32, **settings)
-    return kind(settings, (folder,), StoreSpec(fingerprint(folder), "auto", 32, 192, ""))
+    spec = StoreSpec(fingerprint(folder), "mean", 32, 192)
+    return kind(settings, (FolderPart(folder, None, spec),), (1.0,), spec)
 
 
 @pytest.fixture(scope="module")
@@ -167,22 +169,26 @@ def test_what_goes_wrong_in_an_actor_comes_out(joined, model, tmp_path):
         fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=[*TEXTS[:100], "a mistake"])
     with pytest.raises(RuntimeError, match=r"^teacher actor: ValueError: a bug of ours$"):
         fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=["a bug"])
+    with pytest.raises(RuntimeError, match=r"a shard of 1 texts, .*ended 4 actors \(.*Stale file handle\)"):
+        fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=["a stale text"])
     with pytest.raises(UserError, match=r"^teacher folder: 3 weights are missing: get it again$"):
         fill(make_source(model, BrokenSource, num_workers=1), tmp_path)
     wait_until(lambda: not scorers())
 
 
 def test_the_pool_grows_where_there_is_room_and_no_further(joined, model, tmp_path):
-    source, seen, end = make_source(model, num_workers=[1, 8]), [], time.monotonic() + 200
+    source, seen, at_draws, end = make_source(model, num_workers=[1, 8]), [], [], time.monotonic() + 200
 
     def shards():
         """As long as one actor works alone, and some more for a third to come."""
         while time.monotonic() < end and seen.count(2) < 30:
+            at_draws.append(len(scorers()))
             yield TEXTS[:SHARD]
 
     for _ in map_on_actors(source, Store(tmp_path, source.spec), 200.0, shards()):
         seen.append(len(scorers()))
-    assert seen[0] == 1 and max(seen) == 2, seen  # two CPUs
+    # The first is drawn before any actor runs, the next two for the first actor, alone; there are two CPUs.
+    assert at_draws[:3] == [0, 1, 1] and max(seen) == 2, (at_draws, seen)
 
 
 def test_without_room_one_line_says_so(joined, model, tmp_path):
@@ -210,18 +216,18 @@ def test_shards_are_drawn_as_they_are_needed_and_actors_end_when_the_pool_is_clo
 def test_threads_of_an_actor_are_its_cpus(joined, model, tmp_path):
     import ray
 
-    from flipkd_dist.ray_pool import Scorer
+    from flipkd_dist.scorer import Scorer
 
     class Asked(Scorer):
         def threads(self):
             import torch
 
-            return torch.get_num_threads()
+            return torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"]
 
     source = make_source(model, num_cpus_per_worker=2)
     actor = ray.remote(Asked).options(num_cpus=2).remote()
     ray.get(actor.load.remote(source, Store(tmp_path, source.spec), "cpu"))
-    assert ray.get(actor.threads.remote()) == 2
+    assert ray.get(actor.threads.remote()) == (2, "2", "true")  # the last is false in the environment of the pool
     ray.kill(actor)
 
 
@@ -299,7 +305,7 @@ def test_everything_is_killed_in_the_middle_of_flipkd_score(run_config, undistur
     assert files(folder) == undisturbed
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())  # none twice
     num_new = NUM_TEXTS - SHARD * len(before)
-    assert f"{num_new} of {NUM_TEXTS} texts are new" in said and "teacher similarity of 1024" in said
+    assert f"{num_new} of {NUM_TEXTS} texts are new" in said and "teacher similarity of 1,024" in said
 
 
 @pytest.mark.soak
@@ -308,7 +314,12 @@ def test_a_node_is_lost(model, undisturbed, tmp_path, joined):
     joined.wait_for_nodes()
     try:
         source = make_source(model, num_workers=4)
+        nodes = list(ray_storage._nodes())
         fill(source, tmp_path, NUM_TEXTS // 4, partial(joined.remove_node, second, allow_graceful=False))
+        token = tmp_path / "token"
+        token.write_text("it")
+        assert sorted(ray_storage._ask_by_task(nodes, token, "it"), key=str) == [None, True]  # the second has left
+        ray_storage.check_reached(tmp_path)
     finally:
         if second in joined.list_all_nodes():
             joined.remove_node(second)

@@ -35,13 +35,20 @@ def full_store(folder, spec=SPEC, sign=1.0):
     return store
 
 
+def missing(store, texts):
+    """The unique texts that no complete shard holds, in the order given."""
+    unique = list(dict.fromkeys(texts))
+    return [text for text, is_there in zip(unique, store.holds(unique), strict=True) if not is_there]
+
+
 def shards(store):
     return sorted(store.folder.glob(f"{store.spec.key}-*.parquet"))
 
 
 def is_tidy(store):
-    """Whether nothing is in the folder but shards, a manifest and one index for each specification."""
-    kinds = sorted(path.name.split(".", 1)[1] for path in store.folder.iterdir() if path.suffix != ".parquet")
+    """Whether nothing is in the folder but shards, a lock, a manifest and one index for each specification."""
+    names = [path.name for path in store.folder.iterdir() if path.suffix != ".parquet" and path.name != ".lock"]
+    kinds = sorted(name.split(".", 1)[1] for name in names)
     return kinds == ["json", "keys", "rows"]
 
 

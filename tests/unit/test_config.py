@@ -206,7 +206,7 @@ def test_numbers_are_finite(named, key, value):
         "distributed.num_workers=0", "distributed.resources_per_worker={CPU: -1}",
         "distributed.resources_per_worker={CPU: .inf}", "data.format=xml", "teacher.pooling=median", "train.bf16=maybe",
         "name=../x", "name=''", "student.answers=[a, b, c]", "student.answers=[a, '']", "train.verify=true",
-        "student.bnb_4bit_quant_storage=float16",
+        "student.bnb_4bit_quant_storage=float16", "teacher.num_workers=[8, 2]", "teacher.num_workers=[0, 2]",
     ],
 )  # fmt: skip
 def test_values_out_of_range(named, override):
@@ -218,6 +218,14 @@ def test_values_out_of_range(named, override):
 def test_a_value_of_several_kinds_lists_all_of_them(named):
     assert "train.bf16 = 'maybe': must be a valid boolean or 'auto';" in mistake(named, "train.bf16=maybe")
     assert "train.max_steps = 0: must be -1 or greater than or equal to 1;" in mistake(named, "train.max_steps=0")
+
+
+def test_least_and_most_workers_stand_in_this_order(named):
+    said = mistake(named, "teacher.num_workers=[8, 2]")
+    assert (
+        said == "c.yaml: teacher.num_workers = [8, 2]: [min, max] with min above max: write [2, 8]; correct this value"
+    )
+    assert load_config(named, ["teacher.num_workers=[2, 2]"]).teacher.num_workers == [2, 2]
 
 
 def test_bare_yes_and_no_are_told_to_be_quoted(tmp_path):

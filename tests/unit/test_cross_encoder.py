@@ -54,6 +54,15 @@ def test_scores_are_those_of_each_pair_alone_in_the_order_given(folder, max_leng
     assert encoder.encode([], 4).shape == (0, 1)
 
 
+def test_cut_pairs_are_counted(folder):
+    lengths = sorted(len(ids) for ids in AutoTokenizer.from_pretrained(folder)(*zip(*PAIRS, strict=True))["input_ids"])
+    fits = lengths[-5] + lengths[-5] % 2  # teacher.max_length is that of one text
+    encoder = source(folder, max_length=fits // 2).load()
+    for times in (1, 2):
+        encoder.encode([pair_text(*pair) for pair in PAIRS], 4)
+        assert encoder.num_truncated == times * sum(length > fits for length in lengths) > 0
+
+
 def test_the_order_of_the_texts_counts(folder):
     encoder = source(folder).load()
     there, back = (encoder.encode([pair_text(*pair[::step]) for pair in PAIRS], 4) for step in (1, -1))

@@ -1,9 +1,10 @@
 """Files that are whole or not there, drafts of killed writers, and a disk that is full."""
 
 import errno
+import fcntl
 import os
-import subprocess
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def test_a_file_is_there_only_when_it_is_complete(tmp_path):
 def test_drafts_of_killed_writers_go_and_those_being_written_stay(tmp_path, monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: (sweep(tmp_path.glob("*.tmp")), replace(*names)))
+    tmp_path.mkdir(exist_ok=True)
     left = tmp_path / "file.0a1b2c3d.tmp"
     left.write_bytes(b"half")
     with whole_file(tmp_path / "file") as file:
@@ -53,6 +55,40 @@ def test_the_second_one_waits(tmp_path):
         assert not entered.wait(0.2)
     assert entered.wait(10)
     thread.join()
+
+
+@pytest.fixture
+def nfs(monkeypatch):
+    """Locks as NFS has them: an exclusive one wants a descriptor that may write."""
+    flock = fcntl.flock
+
+    def strict(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+
+
+def test_locks_hold_on_nfs(nfs, tmp_path, monkeypatch):
+    test_drafts_of_killed_writers_go_and_those_being_written_stay(tmp_path / "drafts", monkeypatch)
+    test_the_second_one_waits(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_without_locks_nothing_is_waited_for_and_another_error_is_not_hidden(tmp_path, monkeypatch, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    draft = tmp_path / "file.0a1b2c3d.tmp"
+    draft.write_bytes(b"half")
+    for lock in (lambda: one_at_a_time(tmp_path), lambda: whole_file(tmp_path / "file")):
+        with pytest.raises(OSError, match=os.strerror(code)) if code == errno.EIO else nullcontext(), lock():
+            pass
+    if code != errno.EIO:
+        sweep([draft])
+        assert draft.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -85,22 +121,6 @@ def test_another_error_of_the_disk_stays_what_it_is(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="broken"):
         write(Store(tmp_path, SPEC), TEXTS)
     assert not os.listdir(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(options, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip(f"tmpfs cannot be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_on_a_disk_that_is_really_full(small_disk):

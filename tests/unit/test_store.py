@@ -11,12 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_store, is_tidy, killed_at, shards, write
+from stores import (
+    SPEC,
+    TEXTS,
+    cut,
+    delete,
+    expected,
+    flip,
+    flip_vector,
+    full_store,
+    is_tidy,
+    killed_at,
+    missing,
+    shards,
+    write,
+)
 
 from flipkd_dist import store as store_module
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedAtOnce, UserError
 from flipkd_dist.store import Store, StoreSpec, pair_text
+from flipkd_dist.store_compact import compact_store
 from flipkd_dist.store_keys import keys_of
+from flipkd_dist.store_manifest import write_entries
 from flipkd_dist.store_shards import Shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,9 +81,9 @@ def test_many_keys_are_found_exactly(tmp_path, monkeypatch):
     texts = [f"question {number}" for number in range(3000)]
     for start in range(0, 3000, 700):
         write(store, texts[start : start + 700])
-    assert store.holds(iter(texts)).all() and store.missing([*texts, "absent"]) == ["absent"]
+    assert store.holds(iter(texts)).all() and missing(store, [*texts, "absent"]) == ["absent"]
     store.publish()
-    assert store.missing([*texts, "absent"]) == ["absent"]
+    assert missing(store, [*texts, "absent"]) == ["absent"]
     assert store.is_complete(iter(texts)) and not store.is_complete([*texts, "absent"])
     assert np.array_equal(store.open().vectors(texts[::-1]), expected(texts[::-1]))
 
@@ -112,7 +128,7 @@ def test_an_absent_text_is_an_error_that_names_it(full):
 
 
 def test_a_new_store_is_empty_and_nothing_is_written(store):
-    assert store.missing(TEXTS[:2] + TEXTS[:2]) == TEXTS[:2] and not store.is_complete(TEXTS)
+    assert missing(store, TEXTS[:2] + TEXTS[:2]) == TEXTS[:2] and not store.is_complete(TEXTS)
     with pytest.raises(UserError, match="flipkd score"):
         store.open()
     assert not store.folder.exists()
@@ -120,12 +136,12 @@ def test_a_new_store_is_empty_and_nothing_is_written(store):
 
 def test_missing_keeps_order_and_drops_repetitions(store):
     write(store, TEXTS[4:8])
-    assert store.missing([TEXTS[9], TEXTS[5], TEXTS[1], TEXTS[9]]) == [TEXTS[9], TEXTS[1]]
+    assert missing(store, [TEXTS[9], TEXTS[5], TEXTS[1], TEXTS[9]]) == [TEXTS[9], TEXTS[1]]
 
 
 def test_only_publishing_makes_it_complete(store):
     write(store, TEXTS)
-    assert store.missing(TEXTS) == [] and not store.is_complete(TEXTS)
+    assert missing(store, TEXTS) == [] and not store.is_complete(TEXTS)
     with pytest.raises(UserError):
         store.open()
     store.publish()
@@ -189,7 +205,7 @@ def test_opening_while_another_publishes_takes_the_new_index(full, monkeypatch):
 )
 def test_a_damaged_manifest_is_no_manifest_and_publishing_mends_it(full, content):
     (full.folder / "manifest.json").write_text(content)
-    assert not full.is_complete(TEXTS) and full.missing(TEXTS) == []
+    assert not full.is_complete(TEXTS) and missing(full, TEXTS) == []
     with pytest.raises(UserError):
         full.open()
     full.publish()
@@ -232,13 +248,13 @@ def test_a_shard_that_is_cut_or_gone_counts_as_missing(full, caplog, damage):
     path = write(full, TEXTS[4:8])
     damage(path)
     with caplog.at_level(logging.WARNING, "flipkd_dist"):
-        assert full.missing(TEXTS) == TEXTS[4:8] and full.missing(TEXTS) == TEXTS[4:8]
+        assert missing(full, TEXTS) == TEXTS[4:8] and missing(full, TEXTS) == TEXTS[4:8]
     assert [path.name in record.getMessage() for record in caplog.records] == [True] * (damage is cut)  # said once
     assert not full.is_complete(TEXTS[:1])
     full.publish()  # does not declare it
     assert not full.is_complete(TEXTS) and full.is_complete(TEXTS[:4])
     write(full, TEXTS[4:8])
-    assert full.missing(TEXTS) == []
+    assert missing(full, TEXTS) == []
     full.publish()
     assert np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))
 
@@ -247,7 +263,7 @@ def test_a_flipped_bit_is_noticed_when_a_shard_is_published(full, caplog):
     flip_vector(write(full, TEXTS[4:8]), TEXTS[5])
     assert np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))  # the index has its own copy
     full.publish(rebuild=True)
-    assert "cannot be used" in caplog.text and full.missing(TEXTS) == TEXTS[4:8] and not full.is_complete(TEXTS)
+    assert "cannot be used" in caplog.text and missing(full, TEXTS) == TEXTS[4:8] and not full.is_complete(TEXTS)
     assert len(list(full.folder.glob("*.damaged"))) == 1
     write(full, TEXTS[4:8])
     full.publish()
@@ -257,7 +273,7 @@ def test_a_flipped_bit_is_noticed_when_a_shard_is_published(full, caplog):
 def test_a_flipped_bit_of_a_key_is_noticed_without_reading_vectors(store, caplog):
     path = write(store, TEXTS[4:8])
     flip(path, path.read_bytes().find(keys_of([TEXTS[5]]).tobytes()) + 9)
-    assert store.missing(TEXTS[4:8]) == TEXTS[4:8] and path.name in caplog.text
+    assert missing(store, TEXTS[4:8]) == TEXTS[4:8] and path.name in caplog.text
 
 
 def test_vectors_of_other_keys_are_noticed(store, caplog):
@@ -298,7 +314,7 @@ def other_index(path):
 @pytest.mark.parametrize("damage", [cut, delete, other_index, lambda path: path.write_bytes(b"")])
 def test_an_index_that_is_missing_cut_or_foreign_is_refused_and_built_again(full, suffix, damage):
     damage(index_file(full, suffix))
-    assert not full.is_complete(TEXTS[:1]) and full.missing(TEXTS) == []
+    assert not full.is_complete(TEXTS[:1]) and missing(full, TEXTS) == []
     with pytest.raises(UserError, match=rf"\.{suffix}: .*flipkd store verify --repair"):
         full.open()
     full.publish()
@@ -318,7 +334,7 @@ def test_an_index_that_is_missing_cut_or_foreign_is_refused_and_built_again(full
 def test_two_teachers_used_in_turn_stay_complete(full, change):
     before = {path: path.read_bytes() for path in full.folder.iterdir() if path.name != "manifest.json"}
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), **change}))
-    assert other.spec.key != SPEC.key and other.missing(TEXTS) == TEXTS and not other.is_complete([])
+    assert other.spec.key != SPEC.key and missing(other, TEXTS) == TEXTS and not other.is_complete([])
     with pytest.raises(UserError):
         other.open()
     full_store(full.folder, other.spec, sign=-1)
@@ -332,14 +348,14 @@ def test_two_teachers_used_in_turn_stay_complete(full, change):
 
 def test_a_vector_of_another_size_is_another_store(full):
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), "hidden_size": 7}))
-    assert other.missing(TEXTS) == TEXTS
+    assert missing(other, TEXTS) == TEXTS
 
 
 def test_a_shard_under_another_teachers_name_is_not_used(full, caplog):
     other = Store(full.folder, StoreSpec(**{**vars(SPEC), "pooling": "cls"}))
     for path in shards(full):
         path.rename(path.with_name(path.name.replace(SPEC.key, other.spec.key)))
-    assert other.missing(TEXTS) == TEXTS and "specification" in caplog.text
+    assert missing(other, TEXTS) == TEXTS and "specification" in caplog.text
     other.publish()
     assert not other.is_complete(TEXTS[:1])
 
@@ -430,3 +446,34 @@ def test_the_name_of_a_shard_says_its_texts(store):
     keys = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in TEXTS[:3])
     assert path.name == f"{SPEC.key}-{hashlib.blake2b(keys, digest_size=8).hexdigest()}.parquet"
     assert write(store, TEXTS[:3]) == path and shards(store) == [path]  # a repeated shard replaces itself
+
+
+@pytest.mark.parametrize("kind", [StoppedAtOnce, OSError])
+def test_what_comes_after_the_manifest_has_its_name_leaves_the_index_it_names(full, monkeypatch, kind):
+    """A signal, or a failing sync of the folder, between the rename and the return."""
+    before = {path.name for path in full.folder.glob("*.rows")}
+
+    def late(*arguments):
+        write_entries(*arguments)
+        raise kind("too late")
+
+    write(full, ["new"])
+    monkeypatch.setattr(store_module, "write_entries", late)
+    with pytest.raises(kind, match="too late"):
+        full.publish()
+    assert len({path.name for path in full.folder.glob("*.rows")} - before) == 1
+    assert np.array_equal(full.open().vectors([*TEXTS, "new"]), expected([*TEXTS, "new"]))
+
+
+def test_merged_shards_stay_where_the_manifest_names_them(full, monkeypatch):
+    def late(*arguments):
+        write_entries(*arguments)
+        raise OSError("too late")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_entries", late)
+        with pytest.raises(OSError, match="too late"):
+            compact_store(full)
+    assert full.is_complete(TEXTS) and np.array_equal(full.open().vectors(TEXTS), expected(TEXTS))
+    compact_store(full)
+    assert len(shards(full)) == 1 and is_tidy(full)

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from stores import SPEC, TEXTS, expected, flip_vector, full_store, is_tidy, killed_at, shards, write
+from stores import SPEC, TEXTS, expected, flip_vector, full_store, is_tidy, killed_at, missing, shards, write
 
 from flipkd_dist.errors import UserError
 from flipkd_dist.store import Store, StoreSpec
@@ -52,7 +52,7 @@ def test_texts_that_stand_twice_are_kept_once(store):
     write(store, TEXTS[2:9])
     write(store, ["new", TEXTS[0]])
     write(store, [TEXTS[0], TEXTS[1]])
-    assert store.missing([*TEXTS, "new"]) == []
+    assert missing(store, [*TEXTS, "new"]) == []
     compact_store(store, 4 * ROW)
     check(store, [*TEXTS, "new"])
 
@@ -73,7 +73,7 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(tmp_path):
             break
         steps += 1
         fresh = Store(store.folder, SPEC)
-        assert fresh.missing(TEXTS) == [] and fresh.is_complete(TEXTS)
+        assert missing(fresh, TEXTS) == [] and fresh.is_complete(TEXTS)
         assert np.array_equal(fresh.open().vectors(TEXTS), expected(TEXTS))
         assert np.array_equal(reader.vectors(TEXTS), expected(TEXTS))
         if steps % 2:

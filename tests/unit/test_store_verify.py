@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_store, is_tidy, shards, write
+from stores import SPEC, TEXTS, cut, delete, expected, flip, flip_vector, full_store, is_tidy, missing, shards, write
 
 from flipkd_dist.cli import cli
 from flipkd_dist.errors import UserError
@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_named_and_only_its_texts_are_scored_again(store, dam
     assert line.startswith(f"{path}: ")
     assert verify(store.folder, repair=True) == [line] and not path.exists()
     assert verify(store.folder) == [] and is_tidy(store)
-    assert store.missing(TEXTS) == TEXTS[4:8] and store.is_complete([*TEXTS[:4], *TEXTS[8:]])
+    assert missing(store, TEXTS) == TEXTS[4:8] and store.is_complete([*TEXTS[:4], *TEXTS[8:]])
     write(store, TEXTS[4:8])
     store.publish()
     assert verify(store.folder) == [] and np.array_equal(store.open().vectors(TEXTS), expected(TEXTS))

@@ -34,6 +34,8 @@ def test_several_teachers_average_their_cosines(plain, tmp_path):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
         want = sum(share * one @ one.T for share, one in zip(shares, alone, strict=True))
         assert np.abs(vectors @ vectors.T - want).max() < 1e-6
+        teacher.encoders[0].num_truncated, teacher.encoders[1].num_truncated = 2, 3
+        assert teacher.num_truncated == 3  # a text that both cut is one text
 
 
 def test_the_key_of_several_teachers_knows_each_and_its_weight(plain, tmp_path):

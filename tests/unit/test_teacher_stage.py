@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from tiny import fill_store, save_cross_encoder, save_student, save_teacher, write_pairs
 
+from flipkd_dist import pipeline, score_stage
 from flipkd_dist.calibration import fit
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.contrast import contrast_rows
 from flipkd_dist.cross_encoder import CrossEncoder
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_files import read_records
+from flipkd_dist.pair_stream import PairStream
 from flipkd_dist.preflight import Inputs, check_inputs
+from flipkd_dist.score import survey
 from flipkd_dist.store import pair_text
 from flipkd_dist.teacher_stage import (
     calibrate,
@@ -249,3 +252,31 @@ def test_the_digest_follows_the_teacher_of_pairs(configured):
     longer = check_inputs(configured({"model_name_or_path": "bi", "cross_encoder": "cross", "max_length": 23}))
     assert len({bi, both.digest("train"), longer.digest("train")}) == 3
     assert both.calibration_key != longer.calibration_key
+
+
+def test_pairs_as_a_stream_and_as_tables_give_the_same_numbers(configured, monkeypatch):
+    config = configured({"model_name_or_path": "bi"})
+    inputs, told = filled(config), []
+    monkeypatch.setattr(score_stage, "fill_store", lambda config, job: list(job.texts()))
+    monkeypatch.setattr(score_stage, "tell", lambda inputs, found, num_texts: told.append((found, num_texts)))
+    score_stage.score_tables(inputs)
+    pairs = PairStream(config.data)
+    num_texts, is_complete = survey(pairs.texts(check_ids=True), inputs.store)
+    score_stage.score_streams(check_inputs(config, splits=()), pairs, num_texts)
+    (tables, tables_texts), (stream, stream_texts) = told
+    assert is_complete and tables_texts == stream_texts and tables.worst == stream.worst
+    for name in ("similarity", "label", "off_diagonal"):
+        assert np.array_equal(getattr(tables, name), getattr(stream, name)), name
+    assert len(stream.off_diagonal) > 50_000
+
+
+def test_room_for_training_workers_is_asked_for_where_there_will_be_some(configured, monkeypatch):
+    asked = []
+    for name in ("join_or_start_ray", "check_room"):
+        monkeypatch.setattr(pipeline, name, lambda config, name=name: asked.append(name))
+    monkeypatch.setattr(pipeline, "score_tables", lambda inputs: None)
+    config = configured({"model_name_or_path": "bi", "calibrate": True})
+    pipeline.score_files(config)  # by way of a Pipeline, for the curve is fitted on tables
+    assert asked == ["join_or_start_ray"]
+    pipeline.Pipeline(config)
+    assert asked == ["join_or_start_ray"] * 2 + ["check_room"]

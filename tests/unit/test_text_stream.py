@@ -1,6 +1,7 @@
 """The shards of a stream are a function of its texts; a stream of any length needs the same memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,40 @@ def test_a_small_job_has_many_shards_and_a_large_one_large_ones(num_texts, size)
 
 
 def test_key_table_keeps_what_came_first():
-    table = KeyTable()
-    assert [table.add(key) for key in (b"a", b"b", b"a")] == [True, True, False]
-    assert table.setdefault("one", 1) == 1 and table.setdefault("two", 2) == 2
-    assert table.setdefault("one", 3) == 1 and table.setdefault("two", 2) == 2
+    with KeyTable() as table:
+        assert [table.add(key) for key in (b"a", b"b", b"a")] == [True, True, False]
+        assert table.setdefault("one", 1) == 1 and table.setdefault("two", 2) == 2
+        assert table.setdefault("one", 3) == 1 and table.setdefault("two", 2) == 2
+
+
+FULL = """
+import json, sys
+from flipkd_dist import temporary_database
+from flipkd_dist.config import DataConfig
+from flipkd_dist.errors import UserError
+from flipkd_dist.pair_stream import PairStream
+from flipkd_dist.text_stream import windows
+
+temporary_database.CACHE_KIB = 64
+with open(sys.argv[1], "w") as file:
+    for number in range(20_000):
+        file.write(json.dumps({"id": f"pair {number}", "text_a": "a", "text_b": "b", "label": 1}) + "\\n")
+pairs = PairStream(DataConfig(train=sys.argv[1]))
+for full in windows(f"text {number}" for number in range(20_000)), pairs.texts(check_ids=True):
+    try:
+        list(full)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_for_keys_is_one_line(small_disk, tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "pairs.jsonl")]
+    there = {**os.environ, "SQLITE_TMPDIR": str(small_disk)}  # SQLite asks once a process
+    done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("temporary index: database or disk is full: free") for line in lines)
 
 
 DRIVER = """
