@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 from gang import run_gang
 from test_zero_parity import LOSS
-from tiny import fill_store, pair_table, save_student, save_teacher, signals_of, unit_vectors, write_pairs
+from tiny import (
+    fill_store,
+    pair_table,
+    save_student,
+    save_teacher,
+    signals_of,
+    started_student,
+    unit_vectors,
+    write_pairs,
+)
 from transformers import AutoConfig
 from zero import start_engine
 
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import RunConfig, validate
+from flipkd_dist.meter import linear_weights
 from flipkd_dist.order import Order, rows_of_rank
 from flipkd_dist.packing import plan_rows
 from flipkd_dist.phases import PHASES, PhaseClock
@@ -170,3 +180,8 @@ def test_a_trace_changes_no_bit(run):
         assert found.keys() == expected.keys()
         for key in expected.keys() - MEASURED:
             assert found[key] == expected[key], key
+
+
+def test_frozen_linear_weights_in_four_bits(tmp_path):
+    folder = save_student(tmp_path)
+    assert linear_weights(started_student(folder, load_in_4bit=True)[0]) == linear_weights(started_student(folder)[0])

@@ -96,11 +96,6 @@ def test_frozen_linear_weights_are_the_planners(tmp_path, family):
     assert linear_weights(student) == expected > 0
 
 
-def test_frozen_linear_weights_in_four_bits(tmp_path):
-    folder = save_student(tmp_path)
-    assert linear_weights(started_student(folder, load_in_4bit=True)[0]) == linear_weights(started_student(folder)[0])
-
-
 def test_peak_memory_is_the_most_there_was():
     status = Path("/proc/self/status").read_text()
     resident = int(re.search(r"VmRSS:\s*(\d+)", status).group(1)) * 2**10
