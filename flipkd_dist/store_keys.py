@@ -13,6 +13,8 @@ import numpy as np
 
 WORD = np.dtype("<u8")
 CHUNK = 65536  # texts that are looked up at once
+WINDOW = 32  # keys that are compared with a value in the end
+REFINEMENTS = 3  # of the place of a value in a table of hashes
 BLOCK = 1024  # rows whose checksums are computed at once, so that they stay in the processor's cache
 
 
@@ -57,21 +59,38 @@ def find(first: np.ndarray, second: np.ndarray, keys: np.ndarray) -> tuple[np.nd
     Returns:
         (position in the table, 0 where it is not there; whether it is there), both [n].
     """
-    order = np.argsort(keys[:, 0])  # neighbours in the table are looked up one after the other: twice as fast
-    wanted = keys[order]
-    position, found = np.searchsorted(first, wanted[:, 0]), np.zeros(len(keys), bool)
+    position, found = _lower_bound(first, keys[:, 0]), np.zeros(len(keys), bool)
     left = np.arange(len(keys))
     while len(left):  # once, and once more for each key whose first word another key has too
         left = left[position[left] < len(first)]
-        left = left[first[position[left]] == wanted[left, 0]]
-        hit = second[position[left]] == wanted[left, 1]
+        left = left[first[position[left]] == keys[left, 0]]
+        hit = second[position[left]] == keys[left, 1]
         found[left[hit]] = True
         left = left[~hit]
         position[left] += 1
     position[~found] = 0
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return position[back], found[back]
+    return position, found
+
+
+def _lower_bound(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`np.searchsorted` of values [n] in a large table [m] of hashes, in half of the time.
+
+    Hashes are spread evenly, so that a value says where it stands, up to the root of m; from what stands there the
+    place follows up to the root of that, and so on. What is not found near the place in the end is searched for.
+    """
+    if len(table) < 4 * WINDOW:
+        return np.searchsorted(table, values)
+    scale, last = len(table) / 2.0**64, len(table) - 1
+    exact = values.astype(np.float64)
+    place = np.clip((exact * scale).astype(np.int64), 0, last)
+    for _ in range(REFINEMENTS):
+        place = np.clip(place + ((exact - table[place]) * scale).astype(np.int64), 0, last)
+    start = np.clip(place - WINDOW // 2, 0, len(table) - WINDOW)
+    below = (table[start[:, None] + np.arange(WINDOW)] < values[:, None]).sum(1)
+    far = np.flatnonzero((below == 0) | (below == WINDOW))
+    position = start + below
+    position[far] = np.searchsorted(table, values[far])
+    return position
 
 
 def unique_order(keys: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from flipkd_dist import store_keys
 from flipkd_dist.store_keys import WORD, KeySet, checksums, chunks, find, keys_of, normalised, text_key, unique_order
 
 
@@ -102,3 +103,16 @@ def test_checksums_stay_what_they_are():
     alone = [checksums(np.zeros((1, 2), WORD), row[None])[0] for row in rows]
     assert sums.tolist() == [int(one) for one in alone]  # whatever else is computed at once
     assert hex(sums[1]) == "0x7e9ba8fee1981ea8"
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 5000, 300_000])
+@pytest.mark.parametrize("spread", ["even", "narrow", "equal", "low"])
+def test_the_place_in_a_table_is_that_of_a_binary_search(size, spread):
+    random = np.random.default_rng(size)
+    high = {"even": 2**64, "narrow": 2**40, "equal": 1, "low": 2**20}[spread]
+    table = np.sort(random.integers(0, high, size, dtype=np.uint64, endpoint=False))
+    values = np.concatenate(
+        [random.choice(table, 300), random.integers(0, 2**64, 300, dtype=np.uint64, endpoint=False)]
+    )
+    values = np.concatenate([values, np.array([0, 1, 2**64 - 1], np.uint64), table[[0, -1]]])
+    assert np.array_equal(store_keys._lower_bound(table, values), np.searchsorted(table, values))
