@@ -227,8 +227,10 @@ def pairs(
     encode = None
     if teacher:
         from flipkd_dist.config import RunConfig, TeacherConfig
+        from flipkd_dist.model_files import resolve_model
         from flipkd_dist.teacher_source import text_teacher
 
+        resolve_model(teacher, "--teacher")  # its errors name the option
         source = RunConfig(name="pairs", teacher=TeacherConfig(model_name_or_path=teacher))
         encoder = text_teacher(source, taught=False).load()
         encode = lambda texts: encoder.encode(texts, 64)  # noqa: E731
