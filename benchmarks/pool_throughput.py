@@ -77,6 +77,9 @@ def pool(folder: Path, threads: int, batch_size: int, scratch: Path):
     class Kept(Pool):
         """A pool whose actors stay from run to run."""
 
+        def _room(self) -> float:
+            return len(loaded) or super()._room()  # those that stayed have their room already
+
         def _start(self) -> None:
             if loaded:
                 self.members.append(loaded.pop())
