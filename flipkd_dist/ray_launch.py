@@ -48,13 +48,6 @@ def check_room(config: RunConfig) -> None:
             )
 
 
-def stop_ray() -> None:
-    """Leave the cluster; one that was started here ends."""
-    import ray
-
-    ray.shutdown()
-
-
 def uses_gpu(config: RunConfig) -> bool:
     """Decided by the cluster, not by the head node, which may have no GPU."""
     import ray

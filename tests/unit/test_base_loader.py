@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
 from flipkd_dist.base_loader import Streamed, Whole, check_packable, empty_model, four_bit_form
 from flipkd_dist.batches import BatchMaker
-from flipkd_dist.config import StudentConfig
+from flipkd_dist.config import StudentConfig, validate
 from flipkd_dist.errors import UserError
+from flipkd_dist.preflight import check_inputs
 
 FAMILIES = {
     **CAUSAL,
@@ -180,3 +181,9 @@ def test_four_bits_are_refused_where_they_would_be_ignored(tmp_path, monkeypatch
         return
     with pytest.raises(UserError, match=r"^student\.load_in_4bit: .* is no linear layer and would not be packed"):
         check_packable(model, family)
+
+
+def test_a_storage_that_only_one_dtype_allows_needs_that_dtype():
+    values = {"student": {"bnb_4bit_quant_storage": "bfloat16"}, "distributed": {"deepspeed": None}}
+    with pytest.raises(UserError, match="bfloat16 is safe in a run of that dtype alone"):
+        check_inputs(validate({"name": "x", **values}, "test"))

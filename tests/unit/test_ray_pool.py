@@ -261,3 +261,19 @@ def test_the_tokenizer_has_the_threads_of_the_actor(monkeypatch, tmp_path, threa
     source = Source(TeacherConfig(model_name_or_path="x", num_cpus_per_worker=threads))
     Scorer().load(source, Store(tmp_path, SPEC), "cpu")
     assert (os.environ["TOKENIZERS_PARALLELISM"], os.environ.get("RAYON_NUM_THREADS")) == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_cluster", "gpus"),
+    [
+        ({}, 2, 1.0),
+        ({}, 0, 0.0),
+        ({"api_base": "http://127.0.0.1:8000/v1"}, 2, 0.0),  # the server has the GPU
+        ({"num_gpus_per_worker": 0.25}, 2, 0.25),
+        ({"num_gpus_per_worker": 0.0}, 2, 0.0),
+    ],
+)
+def test_what_an_actor_takes(monkeypatch, settings, in_cluster, gpus):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": in_cluster}))
+    found = ray_pool.actor_resources(TeacherConfig(num_cpus_per_worker=3, **settings))
+    assert found == {"CPU": 3.0, **({"GPU": gpus} if gpus else {})}
