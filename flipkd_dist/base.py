@@ -17,7 +17,7 @@ from flipkd_dist.weight_files import Weights, stored_name
 
 FUSED_PROJECTIONS = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 SPLIT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MASKABLE_ATTENTION = ("sdpa", "eager")
+TESTED_ATTENTION = ("sdpa", "eager")
 # Settings that change the logits beyond a product with the output matrix.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -67,13 +67,13 @@ def fills_blank(config: PreTrainedConfig) -> bool:
 
 
 def attention_implementation(settings: StudentConfig) -> str:
-    """sdpa unless named; an implementation that cannot take the mask of packed rows is refused."""
+    """sdpa unless named; eager takes one pair a row, and others are refused."""
     if settings.attn_implementation == "auto":
         return "sdpa"
-    if settings.attn_implementation not in MASKABLE_ATTENTION:
+    if settings.attn_implementation not in TESTED_ATTENTION:
         raise UserError(
-            f"student.attn_implementation: {settings.attn_implementation} cannot take the mask of packed rows: "
-            f"take one of auto, {', '.join(MASKABLE_ATTENTION)}"
+            f"student.attn_implementation: {settings.attn_implementation} is not tested with shared "
+            f"prefixes: take one of auto, {', '.join(TESTED_ATTENTION)}"
         )
     return settings.attn_implementation
 
@@ -99,7 +99,8 @@ def check_positions(base_config: PreTrainedConfig, max_length: int) -> None:
 
 def shares_prefix(config, max_length: int) -> bool:
     """Whether packed rows are exact: causal attention alone, no biases by distance in the row, no window that cuts."""
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    other_layers = set(kinds) - {"full_attention", "sliding_attention", "attention"}
     if other_layers or getattr(config, "alibi", False) or fills_blank(config):
         return False
     window = getattr(config, "sliding_window", None)

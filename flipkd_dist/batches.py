@@ -1,6 +1,6 @@
 """Texts of pairs to the packed batch of one forward."""
 
-from flipkd_dist.packing import PackedBatch, pack, plan_rows
+from flipkd_dist.packing import PackedBatch, pack
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.student import Student
 
@@ -9,11 +9,12 @@ class BatchMaker:
     """Pairs to the packed batch of one forward; a rank without pairs gets one dummy pair, which nothing counts."""
 
     def __init__(self, encoder: PairEncoder, student: Student, share_prefix: bool):
-        self.encoder, self.share_prefix = encoder, share_prefix
-        self.cost = student.cost_of(student.model.config)
+        """
+        Args:
+            share_prefix: whether that is exact (`base.shares_prefix`); a student whose attention cannot does without.
+        """
+        self.encoder, self.share_prefix = encoder, share_prefix and student.shares_prefix
 
     def __call__(self, texts: list[tuple[str, str]]) -> PackedBatch:
         pairs = [self.encoder.encode(a, b) for a, b in texts or [("a", "a")]]
-        prefix = self.encoder.prefix
-        rows = plan_rows([len(pair.ids) for pair in pairs], len(prefix), self.cost, self.share_prefix)
-        return pack(prefix, pairs, rows, blank=self.encoder.blank)
+        return pack(self.encoder.prefix, pairs, self.share_prefix, blank=self.encoder.blank)

@@ -1,13 +1,14 @@
-"""Batches with a shared prefix: the prompt's prefix once per row, every pair's own tokens behind it.
+"""Batches as the student reads them: what pairs share stands once, every pair's own tokens behind it in the same row.
 
-Shapes: R rows of L tokens, P tokens of prefix, m pairs. A row holds `[prefix][pair][pair]...`; positions restart
-behind the prefix for every pair, and a pair sees the prefix and itself. Exact for causal students (FlipKD docs:
-docs/method.md). One pair a row is the padded layout, which needs no mask of its own. A base that fills a blank (the
-original GLM) takes one pair a row, with two positions a token and a mask: docs/glm.md.
+Shapes: m pairs; R rows of L tokens. Shared, there is one row of all N tokens, `[prefix] [first text] [rest] [rest]
+[pair] ...`: the prompt's prefix once, a first text that several pairs have once, then what each pair has for itself. A
+pair's path is what it would be alone: prefix, first text, rest. Only attention needs it (`shared_attention`). Padded,
+there is one pair a row. A base that fills a blank (the original GLM) takes the padded layout, with two positions a
+token and a mask: docs/glm.md. Source: docs/method.md, "Nothing computed twice".
 """
 
-import heapq
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,112 +16,143 @@ from torch import Tensor
 
 from flipkd_dist.prompt import MASK_FROM_END, EncodedPair
 
-PREFIX, PADDING = -1, -2
-
-
-@dataclass(frozen=True)
-class ComputeCost:
-    """Cost of a row of L tokens: `L * linear + L^2 * attention`, in any common unit."""
-
-    linear: float
-    attention: float
-
-    def of(self, rows: int, length: int) -> float:
-        return rows * length * (self.linear + self.attention * length)
-
 
 @dataclass(frozen=True)
 class PackedBatch:
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64; with a blank [R, 2, L]
-    attention_mask: Tensor  # [R, L] int64 where every row holds one pair, else or with a blank bool [R, 1, L, L]
+    attention_mask: Tensor | None  # [R, L] int64, with a blank bool [R, 1, L, L]; shared: None
+    paths: tuple[Tensor, ...]  # shared: int64 [pairs, longest], positions in the row, by similar length; else empty
+    places: Tensor | None  # [N] int64: where a token's attention stands among all of `paths`, flattened
     segments: Tensor  # [R, L] int64: 2k = text 1 of pair k, 2k + 1 = its text 2, 2m = neither
+    first_texts: Tensor  # [m] int64: the segment of each pair's text 1, which several pairs may have
     answer_positions: Tensor  # [m] int64, into the flattened [R * L]
     num_tokens: int  # that are not padding
     num_truncated: int  # pairs that were cut to the maximum length
     num_unpacked: int  # tokens, padding included, of the same pairs one a row: what packing is compared with
 
-    def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        names = ("input_ids", "position_ids", "attention_mask", "segments", "answer_positions")
-        return {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+    def tensors(self, device: torch.device) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
+        """What the student's forward takes."""
 
+        def move(value):
+            return tuple(map(move, value)) if isinstance(value, tuple) else value.to(device, non_blocking=True)
 
-def _balance(lengths: list[int], num_rows: int) -> list[list[int]]:
-    """Pairs to rows, the longest first onto the shortest row."""
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    heap = [(0, row) for row in range(num_rows)]
-    for pair in sorted(range(len(lengths)), key=lambda pair: -lengths[pair]):
-        total, row = heapq.heappop(heap)
-        rows[row].append(pair)
-        heapq.heappush(heap, (total + lengths[pair], row))
-    return [sorted(row) for row in rows if row]
-
-
-def plan_rows(lengths: list[int], prefix_length: int, cost: ComputeCost, share_prefix: bool = True) -> list[list[int]]:
-    """The cheapest balanced division of the pairs among rows; `share_prefix=False` gives one pair a row.
-
-    Args:
-        lengths: tokens of each pair without the prefix.
-    """
-    if not share_prefix:
-        return [[pair] for pair in range(len(lengths))]
-
-    def price(rows: list[list[int]]) -> float:
-        longest = max(sum(lengths[pair] for pair in row) for row in rows)
-        return cost.of(len(rows), prefix_length + longest)
-
-    return min((_balance(lengths, count) for count in range(1, len(lengths) + 1)), key=price)
+        found = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.startswith("num_")}
+        return {name: None if value is None else move(value) for name, value in found.items()}
 
 
 def pack(
-    prefix: list[int], pairs: list[EncodedPair], rows: list[list[int]], padding_id: int = 0, blank: bool = False
+    prefix: list[int], pairs: list[EncodedPair], share: bool = True, padding_id: int = 0, blank: bool = False
 ) -> PackedBatch:
-    """Lay the pairs out as `rows` (lists of pair numbers) say; with `blank` they end in one, a pair a row."""
-    length = len(prefix) + max(sum(len(pairs[pair].ids) for pair in row) for row in rows)
-    ids = np.full((len(rows), length), padding_id, dtype=np.int64)
-    positions = np.zeros((len(rows), length), dtype=np.int64)
-    owner = np.full((len(rows), length), PADDING, dtype=np.int64)
-    segments = np.full((len(rows), length), 2 * len(pairs), dtype=np.int64)
-    answers = np.zeros(len(pairs), dtype=np.int64)
-    for number, row in enumerate(rows):
-        at = len(prefix)
-        ids[number, :at], positions[number, :at], owner[number, :at] = prefix, np.arange(at), PREFIX
-        for pair in row:
-            encoded, end = pairs[pair], at + len(pairs[pair].ids)
-            ids[number, at:end] = encoded.ids
-            positions[number, at:end] = len(prefix) + np.arange(end - at)
-            owner[number, at:end] = pair
-            segments[number, at + encoded.text_a.start : at + encoded.text_a.stop] = 2 * pair
-            segments[number, at + encoded.text_b.start : at + encoded.text_b.stop] = 2 * pair + 1
-            answers[pair] = number * length + end - 1
-            at = end
-    mask = torch.from_numpy(owner != PADDING).long()
-    if blank:
-        assert all(len(row) == 1 for row in rows), "a bidirectional context cannot be shared"
-        positions, mask = _blank_positions(positions, mask), _blank_mask(mask.bool())
-    elif any(len(row) > 1 for row in rows):
-        mask = _prefix_mask(torch.from_numpy(owner))
+    """Lay the pairs out in one row that shares what they have in common, or (`share=False`) one pair a row.
+
+    Args:
+        blank: the pairs end in one, and cannot share: their context is read in both directions.
+    """
+    assert not (share and blank), "a bidirectional context cannot be shared"
+    return _shared(prefix, pairs) if share else _padded(prefix, pairs, padding_id, blank)
+
+
+def _counts(prefix: list[int], pairs: list[EncodedPair]) -> dict[str, int]:
+    longest = max(len(pair.ids) for pair in pairs)
+    return {
+        "num_truncated": sum(pair.truncated for pair in pairs),
+        "num_unpacked": len(pairs) * (len(prefix) + longest),
+    }
+
+
+def _shared(prefix: list[int], pairs: list[EncodedPair]) -> PackedBatch:
+    by_head = defaultdict(list)  # first text and separator -> the pairs that begin so
+    for number, pair in enumerate(pairs):
+        by_head[tuple(pair.ids[: pair.text_b.start])].append(number)
+    ids, positions, neither = [np.array(prefix, np.int64)], [np.arange(len(prefix))], 2 * len(pairs)
+    segments, total = [np.full(len(prefix), neither)], len(prefix)
+    paths: list[np.ndarray] = [None] * len(pairs)
+    first_texts, answers = np.zeros(len(pairs), np.int64), np.zeros(len(pairs), np.int64)
+
+    def append(tokens: list[int], position: int, text: slice, number: int) -> np.ndarray:
+        """Put tokens at the end of the row, the first at `position` of its path; where they stand."""
+        nonlocal total
+        segment = np.full(len(tokens), neither)
+        segment[text] = number
+        ids.append(np.array(tokens, np.int64))
+        positions.append(position + np.arange(len(tokens)))
+        segments.append(segment)
+        total += len(tokens)
+        return np.arange(total - len(tokens), total)
+
+    root = np.arange(len(prefix))
+    for head, members in by_head.items():
+        stem = np.concatenate([root, append(list(head), len(root), pairs[members[0]].text_a, 2 * members[0])])
+        for number in members:
+            pair, start = pairs[number], len(head)
+            text_b = slice(pair.text_b.start - start, pair.text_b.stop - start)
+            paths[number] = np.concatenate([stem, append(pair.ids[start:], len(stem), text_b, 2 * number + 1)])
+            first_texts[number], answers[number] = 2 * members[0], total - 1
+    grouped, places = _by_length(paths, total)
     return PackedBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        mask,
-        torch.from_numpy(segments),
-        torch.from_numpy(answers),
-        int((owner != PADDING).sum()),
-        sum(pair.truncated for pair in pairs),
-        len(pairs) * (len(prefix) + max(len(pair.ids) for pair in pairs)),
+        input_ids=torch.from_numpy(np.concatenate(ids)[None]),
+        position_ids=torch.from_numpy(np.concatenate(positions)[None]),
+        attention_mask=None,
+        paths=grouped,
+        places=places,
+        segments=torch.from_numpy(np.concatenate(segments)[None]),
+        first_texts=torch.from_numpy(first_texts),
+        answer_positions=torch.from_numpy(answers),
+        num_tokens=total,
+        **_counts(prefix, pairs),
     )
 
 
-def _prefix_mask(owner: Tensor) -> Tensor:
-    """Who sees whom, bool [R, 1, L, L]: causally, the prefix and one's own pair; padding sees padding."""
-    seen = (owner.unsqueeze(2) == owner.unsqueeze(1)) | (owner == PREFIX).unsqueeze(1)
-    return (seen & torch.ones(seen.shape[1:], dtype=torch.bool).tril()).unsqueeze(1)
+def _by_length(paths: list[np.ndarray], num_tokens: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Paths in rectangles, none more than twice as long as another in it; where each token is found in them.
+
+    Behind a path's end stands token 0, which no token of the path can see.
+    """
+    alike = defaultdict(list)
+    for path in paths:
+        alike[(len(path) - 1).bit_length()].append(path)
+    places, grouped, first = np.zeros(num_tokens, np.int64), [], 0
+    for members in alike.values():
+        rectangle = np.zeros((len(members), max(map(len, members))), np.int64)
+        for row, path in enumerate(members):
+            rectangle[row, : len(path)] = path
+            places[path] = first + row * rectangle.shape[1] + np.arange(len(path))
+        grouped.append(torch.from_numpy(rectangle))
+        first += rectangle.size
+    return tuple(grouped), torch.from_numpy(places)
 
 
-def _blank_positions(positions: np.ndarray, is_token: Tensor) -> np.ndarray:
+def _padded(prefix: list[int], pairs: list[EncodedPair], padding_id: int, blank: bool) -> PackedBatch:
+    lengths = np.array([len(prefix) + len(pair.ids) for pair in pairs])
+    rows, length = len(pairs), int(lengths.max())
+    ids = np.full((rows, length), padding_id, dtype=np.int64)
+    segments = np.full((rows, length), 2 * rows, dtype=np.int64)
+    for row, pair in enumerate(pairs):
+        ids[row, : lengths[row]] = prefix + pair.ids
+        for segment, text in ((2 * row, pair.text_a), (2 * row + 1, pair.text_b)):
+            segments[row, len(prefix) + text.start : len(prefix) + text.stop] = segment
+    is_token = np.arange(length) < lengths[:, None]
+    positions, mask = np.where(is_token, np.arange(length), 0), torch.from_numpy(is_token.astype(np.int64))
+    if blank:
+        positions, mask = _blank_positions(positions, lengths), _blank_mask(mask.bool())
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        attention_mask=mask,
+        paths=(),
+        places=None,
+        segments=torch.from_numpy(segments),
+        first_texts=torch.arange(0, 2 * rows, 2),
+        answer_positions=torch.from_numpy(np.arange(rows) * length + lengths - 1),
+        num_tokens=int(lengths.sum()),
+        **_counts(prefix, pairs),
+    )
+
+
+def _blank_positions(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Positions in the context and in the blank, [R, 2, L]: the start token has that of its [MASK], and 1."""
-    rows, start = np.arange(len(positions)), is_token.sum(1).numpy() - 1
+    rows, start = np.arange(len(positions)), lengths - 1
     in_blank = np.zeros_like(positions)
     positions[rows, start], in_blank[rows, start] = start + 1 - MASK_FROM_END, 1
     return np.stack([positions, in_blank], axis=1)

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,12 +25,10 @@ from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.losses import at_least_fp32
 from flipkd_dist.model_files import one_line
-from flipkd_dist.packing import ComputeCost
+from flipkd_dist.shared_attention import SHARED, row_of_paths
 from flipkd_dist.weight_files import WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
-# Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
-ATTENTION_SLOWDOWN = 3.0
 
 
 class Student(nn.Module):
@@ -51,35 +51,78 @@ class Student(nn.Module):
         self.register_buffer("answer_bias", answer_bias, persistent=False)
         self.encoder_module = encoder_module
         self.encoder_name = last_encoder(model, encoder_module)
+        self.shares_prefix = model.config._attn_implementation == SHARED
+        self.behind_attention = self._behind_attention()
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
+        paths: tuple[Tensor, ...],
+        places: Tensor | None,
         segments: Tensor,
+        first_texts: Tensor,
         answer_positions: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums."""
+        """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums.
+
+        Args: the tensors of a `PackedBatch`.
+        """
         body = self.model.get_base_model().base_model
-        if attention_mask.dim() == 4 and self.model.config._attn_implementation == "eager":
-            dtype = self.answer_rows.dtype
-            attention_mask = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
-                ~attention_mask, torch.finfo(dtype).min
-            )
+        shared = {"paths": paths, "places": places} if paths else {}
+        if paths:
+            attention_mask = row_of_paths(input_ids.device)
         captured: list[Tensor] = []
         encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
+        hook = encoder.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
         # Only for this call: activation checkpointing runs the module again in the backward.
-        with encoder.register_forward_hook(lambda _module, _inputs, output: captured.append(output)):
+        with hook, self._narrowed(answer_positions):
             hidden = body(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **shared
             ).last_hidden_state
         answers = hidden.flatten(0, 1)[answer_positions]
         # In fp32 at least: rounded to bf16, logits of 16 to 32 would be 0.125 apart.
         bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
         logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
         readouts = self.segment_means(captured[0], segments, len(answer_positions))
-        return logits, readouts[0::2], readouts[1::2]
+        return logits, readouts[first_texts], readouts[1::2]
+
+    def _behind_attention(self) -> list[nn.Module]:
+        """What follows the last layer's attention and takes each position by itself, so no mixture of experts.
+
+        With activation checkpointing nothing: the backward would run it again, without the hooks of `_narrowed`.
+        """
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            return []
+        layer = re.match(r".*\.\d+\.", self.encoder_name).group()
+        modules, found = dict(self.model.named_modules()), []
+        for name in (f"{layer}self_attn.o_proj", f"{layer}mlp"):
+            holders = [part for part in modules[name].modules() if part._parameters] if name in modules else []
+            is_encoder = self.encoder_name == name or self.encoder_name.startswith(f"{name}.")
+            if holders and not is_encoder and all(isinstance(part, nn.Linear) for part in holders):
+                found.append(modules[name])
+        return found
+
+    @contextmanager
+    def _narrowed(self, answer_positions: Tensor) -> Iterator[None]:
+        """Inside, what follows the last layer's attention sees the answer positions alone: no others are read."""
+        shape = None
+
+        def narrow(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal shape
+            shape = inputs[0].shape[:2]
+            return (inputs[0].flatten(0, 1)[answer_positions].unsqueeze(0),)
+
+        def widen(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            rows = output.new_zeros(shape.numel(), output.shape[-1])
+            return rows.index_copy(0, answer_positions, output[0]).unflatten(0, shape)
+
+        with ExitStack() as hooks:
+            for module in self.behind_attention:
+                hooks.enter_context(module.register_forward_pre_hook(narrow))
+                hooks.enter_context(module.register_forward_hook(widen))
+            yield
 
     @staticmethod
     def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
@@ -97,14 +140,6 @@ class Student(nn.Module):
         """Names of the LoRA-B that the read-outs do not depend on, the last layer's: without L_sup they stay zero."""
         layer = re.search(r".*\.\d+\.", self.encoder_name).group()
         return {name for name in self.lora_parameters() if name.startswith(layer) and ".lora_B." in name}
-
-    @staticmethod
-    def cost_of(config) -> ComputeCost:
-        """Cost of a layer's token and of a token pair, from the shapes of the configuration."""
-        hidden = config.hidden_size
-        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-        linear = 2 * (4 * hidden * hidden + 3 * hidden * intermediate)
-        return ComputeCost(linear, 4 * hidden * ATTENTION_SLOWDOWN)
 
 
 def last_encoder(model: nn.Module, encoder_module: str) -> str:
@@ -160,6 +195,8 @@ def load_student(
     else:
         model = pretrained_model(folder, config, attention, dtype, placement, name)
     check_parts(model, name)
+    if attention == "sdpa" and model.is_backend_compatible():
+        model.set_attn_implementation(SHARED)
     rows, bias = output_rows(model, weights, answers, name)
     drop_output_matrix(model)
     if by_parts:

@@ -18,19 +18,16 @@ from tiny import (
     unit_vectors,
     write_pairs,
 )
-from transformers import AutoConfig
 from zero import start_engine
 
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.meter import linear_weights
 from flipkd_dist.order import Order, rows_of_rank
-from flipkd_dist.packing import plan_rows
 from flipkd_dist.phases import PHASES, PhaseClock
 from flipkd_dist.preflight import check_inputs
 from flipkd_dist.progress import Progress
 from flipkd_dist.step import TrainingStep
-from flipkd_dist.student import Student
 from flipkd_dist.train import train
 from flipkd_dist.world import World
 
@@ -127,21 +124,20 @@ def saved_share(config: RunConfig, steps: range) -> tuple[float, float]:
     """Share of tokens saved in `steps` and tokens that are not padding, counted pair by pair."""
     inputs = check_inputs(config)
     table, encoder = inputs.splits["train"], inputs.encoder
-    cost = Student.cost_of(AutoConfig.from_pretrained(config.student.model_name_or_path))
-    packed = unpacked = tokens = 0
+    packed = unpacked = 0
     for number in steps:
         for batch in Order(len(table), PAIRS, 1, config.seed).contrast_batches(number):
             for rank in range(2):
-                lengths = []
+                heads, lengths, prefix = {}, [], len(encoder.prefix)
                 for pair in batch[rows_of_rank(len(batch), rank, 2)]:
                     texts = table.texts[table.text_a[pair]], table.texts[table.text_b[pair]]
-                    lengths.append(len(encoder.encode(*texts).ids))
-                rows = plan_rows(lengths, len(encoder.prefix), cost)
-                totals = [len(encoder.prefix) + sum(lengths[pair] for pair in row) for row in rows]
-                packed += len(rows) * max(totals)
-                tokens += sum(totals)
-                unpacked += len(lengths) * (len(encoder.prefix) + max(lengths))
-    return 1 - packed / unpacked, tokens
+                    encoded = encoder.encode(*texts)
+                    heads[tuple(encoded.ids[: encoded.text_b.start])] = encoded.text_b.start
+                    packed += len(encoded.ids) - encoded.text_b.start
+                    lengths.append(len(encoded.ids))
+                packed += prefix + sum(heads.values())
+                unpacked += len(lengths) * (prefix + max(lengths))
+    return 1 - packed / unpacked, packed
 
 
 def test_saved_tokens_and_tokens_equal_a_slow_count(run):

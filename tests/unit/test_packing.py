@@ -1,21 +1,32 @@
-"""Packed rows against padded ones, span by span and to the last gradient."""
+"""Shared rows against padded ones, span by span and to the last gradient."""
 
-import numpy as np
 import pytest
 import torch
 from tiny import CAUSAL, save_student, sentences, started_student
+from torch import nn
 
 from flipkd_dist.base import shares_prefix
-from flipkd_dist.packing import ComputeCost, pack, plan_rows
+from flipkd_dist.batches import BatchMaker
+from flipkd_dist.packing import pack
 from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.shared_attention import shared_attention
 
-COST = ComputeCost(linear=1000.0, attention=1.0)
+TEXTS = sentences(19, seed=4)
+LONG = " ".join(TEXTS[:7])
+# Texts apart, one first text in three pairs, another in two, a pair that stands twice, a path twice as long as others.
+PAIRS = [
+    *zip(TEXTS[:8:2], TEXTS[1:8:2], strict=True),
+    *((TEXTS[8], text) for text in TEXTS[9:12]),
+    *((TEXTS[12], text) for text in TEXTS[13:15]),
+    (TEXTS[15], TEXTS[16]),
+    (TEXTS[15], TEXTS[16]),
+    (LONG, TEXTS[17]),
+]
 
 
-def student_and_pairs(folder, attn_implementation="auto", num_pairs=9):
+def student_and_pairs(folder, attn_implementation="auto"):
     student, encoder = started_student(folder, attn_implementation=attn_implementation)
-    texts = sentences(2 * num_pairs, seed=4)
-    return student, encoder.prefix, [encoder.encode(a, b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    return student, encoder.prefix, [encoder.encode(a, b) for a, b in PAIRS]
 
 
 def outputs_and_gradients(student, batch):
@@ -28,69 +39,117 @@ def outputs_and_gradients(student, batch):
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))
-def test_packed_equals_padded(tmp_path, family):
+def test_shared_equals_padded(tmp_path, family):
     student, prefix, pairs = student_and_pairs(save_student(tmp_path, family))
-    padded = pack(prefix, pairs, plan_rows([len(p.ids) for p in pairs], len(prefix), COST, share_prefix=False))
+    padded, shared = pack(prefix, pairs, share=False), pack(prefix, pairs)
     assert padded.attention_mask.dim() == 2 and len(padded.input_ids) == len(pairs)
+    assert len(shared.input_ids) == 1 and len(shared.paths) > 1
+    first = {tuple(pair.ids[: pair.text_b.start]) for pair in pairs}
+    assert len(first) == 8
+    once = len(prefix) + sum(map(len, first)) + sum(len(pair.ids) - pair.text_b.start for pair in pairs)
+    assert shared.num_tokens == shared.input_ids.numel() == once < padded.num_tokens
     expected, expected_gradients = outputs_and_gradients(student, padded)
-    for rows in ([list(range(9))], [[0, 3, 6, 8], [1, 2], [4, 5, 7]]):
-        packed = pack(prefix, pairs, rows)
-        assert packed.attention_mask.dim() == 4
-        found, gradients = outputs_and_gradients(student, packed)
-        for value, wanted in zip(found, expected, strict=True):
-            assert (value - wanted).norm() / wanted.norm() < 1e-5
-        for name, wanted in expected_gradients.items():
-            assert wanted.norm() > 0, name
-            assert (gradients[name] - wanted).norm() / wanted.norm() < 1e-5, name
+    found, gradients = outputs_and_gradients(student, shared)
+    for value, wanted in zip(found, expected, strict=True):
+        assert (value - wanted).norm() / wanted.norm() < 1e-5
+    for name, wanted in expected_gradients.items():
+        assert wanted.norm() > 0, name
+        assert (gradients[name] - wanted).norm() / wanted.norm() < 1e-5, name
 
 
-def test_eager_attention_takes_the_mask_too(tmp_path):
+def test_eager_attention_is_padded(tmp_path):
     folder = save_student(tmp_path)
     results = []
     for implementation in ("sdpa", "eager"):
-        student, prefix, pairs = student_and_pairs(folder, implementation)
-        results.append(student(**pack(prefix, pairs, [list(range(9))]).tensors("cpu")))
+        student, encoder = started_student(folder, attn_implementation=implementation)
+        batch = BatchMaker(encoder, student, share_prefix=True)(PAIRS)
+        assert len(batch.input_ids) == (1 if implementation == "sdpa" else len(PAIRS))
+        results.append(student(**batch.tensors("cpu")))
     for value, wanted in zip(*results, strict=True):
         assert (value - wanted).norm() / wanted.norm() < 1e-5
 
 
-def test_a_pair_does_not_see_its_neighbour(tmp_path):
+@pytest.mark.parametrize("number", [1, 5])  # a stranger, and a second text behind the same first text
+def test_a_pair_does_not_see_its_neighbour(tmp_path, number):
     student, prefix, pairs = student_and_pairs(save_student(tmp_path))
-    first, *_ = student(**pack(prefix, [pairs[0], pairs[1]], [[0, 1]]).tensors("cpu"))
-    other, *_ = student(**pack(prefix, [pairs[0], pairs[2]], [[0, 1]]).tensors("cpu"))
+    first, *_ = student(**pack(prefix, [pairs[4], pairs[number]]).tensors("cpu"))
+    other, *_ = student(**pack(prefix, [pairs[4], pairs[number + 1]]).tensors("cpu"))
     assert torch.allclose(first[0], other[0], atol=1e-6)
     assert not torch.allclose(first[1], other[1], atol=1e-3)
+
+
+def test_only_answers_pass_the_last_layers_end(tmp_path):
+    student, prefix, pairs = student_and_pairs(save_student(tmp_path))
+    rows = {}
+
+    def count(name):
+        return lambda _module, inputs: rows.update({name: inputs[0].shape[:-1].numel()})
+
+    for name, module in student.named_modules():
+        if name.endswith(("mlp", "o_proj.lora_A.default", "q_proj.lora_A.default")):
+            module.register_forward_pre_hook(count(name.split("layers.")[1]))
+    batch = pack(prefix, pairs)
+    student(**batch.tensors("cpu"))
+    every, answers = batch.num_tokens, len(pairs)
+    assert rows == {
+        **{f"{layer}.self_attn.q_proj.lora_A.default": every for layer in (0, 1)},
+        **{"0.self_attn.o_proj.lora_A.default": every, "1.self_attn.o_proj.lora_A.default": answers},
+        **{"0.mlp": every, "1.mlp": answers},
+    }
+
+
+@pytest.mark.parametrize("encoder", ["o_proj", "down_proj"])
+def test_a_readout_behind_the_attention_sees_every_token(tmp_path, encoder):
+    targets = ["q_proj", "o_proj", "down_proj"]
+    folder = save_student(tmp_path)
+    student, prompt = started_student(folder, lora_target_modules=targets, encoder_module=encoder)
+    pairs = [prompt.encode(a, b) for a, b in PAIRS]
+    student.forward(**pack(prompt.prefix, pairs).tensors("cpu"))
+    seen = []
+    inner = student.model.get_submodule(student.encoder_name).lora_A["default"]
+    inner.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
+    batch = pack(prompt.prefix, pairs)
+    student(**batch.tensors("cpu"))
+    assert seen == [batch.num_tokens]
+
+
+def test_paths_that_got_lost_are_told():
+    states, marker = torch.randn(1, 2, 5, 4), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"^Identity does not hand the paths"):
+        shared_attention(nn.Identity(), states, states, states, marker)
 
 
 def test_layout():
     pairs = [
         EncodedPair([11, 12, 13, 14], slice(0, 1), slice(2, 3)),
-        EncodedPair([21, 22, 23], slice(0, 2), slice(2, 3)),
+        EncodedPair([21, 22, 23], slice(0, 1), slice(2, 3)),
+        EncodedPair([11, 12, 15, 16, 17], slice(0, 1), slice(2, 4)),
     ]
-    batch = pack([1, 2], pairs, [[0, 1]])
-    assert batch.input_ids.tolist() == [[1, 2, 11, 12, 13, 14, 21, 22, 23]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4]]
-    assert batch.segments.tolist() == [[4, 4, 0, 4, 1, 4, 2, 2, 3]]
-    assert batch.answer_positions.tolist() == [5, 8]
-    mask = batch.attention_mask[0, 0].int().tolist()
-    assert mask[5] == [1, 1, 1, 1, 1, 1, 0, 0, 0] and mask[7] == [1, 1, 0, 0, 0, 0, 1, 1, 0]
-    assert batch.num_tokens == 9
-    assert batch.num_unpacked == 12  # two rows of the longer pair
-    padded = pack([1, 2], pairs, [[0], [1]])
-    assert padded.attention_mask.tolist() == [[1] * 6, [1] * 5 + [0]]
-    assert padded.answer_positions.tolist() == [5, 10]
+    batch = pack([1, 2], pairs)
+    assert batch.input_ids.tolist() == [[1, 2, 11, 12, 13, 14, 15, 16, 17, 21, 22, 23]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 2, 3, 4]]
+    assert batch.segments.tolist() == [[6, 6, 0, 6, 1, 6, 5, 5, 6, 2, 6, 3]]
+    assert batch.first_texts.tolist() == [0, 2, 0] and batch.answer_positions.tolist() == [5, 11, 8]
+    assert [path.tolist() for path in batch.paths] == [
+        [[0, 1, 2, 3, 4, 5, 0], [0, 1, 9, 10, 11, 0, 0], [0, 1, 2, 3, 6, 7, 8]]
+    ]
+    flat = batch.paths[0].flatten()
+    assert flat[batch.places].tolist() == list(range(12))
+    assert batch.num_tokens == 12 and batch.num_unpacked == 21  # three rows of the longest pair
+    padded = pack([1, 2], pairs, share=False)
+    assert padded.attention_mask.tolist() == [[1] * 6 + [0], [1] * 5 + [0, 0], [1] * 7]
+    assert padded.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+    assert padded.answer_positions.tolist() == [5, 11, 20] and padded.first_texts.tolist() == [0, 2, 4]
+    assert padded.paths == () and padded.num_tokens == 18
 
 
-def test_plan_weighs_padding_prefix_and_attention():
-    """A long prefix asks for few rows, dear attention for many; every pair stands once."""
-    lengths = np.random.default_rng(0).integers(4, 30, size=40).tolist()
-    counts = {}
-    for prefix, attention in ((200, 0.01), (1, 0.01), (1, 1000.0)):
-        rows = plan_rows(lengths, prefix, ComputeCost(1000.0, attention))
-        assert sorted(pair for row in rows for pair in row) == list(range(40))
-        counts[prefix, attention] = len(rows)
-    assert counts[200, 0.01] < counts[1, 1000.0]
-    assert len(plan_rows(lengths, 5, COST, share_prefix=False)) == 40
+def test_paths_of_like_length_share_a_rectangle():
+    pairs = [EncodedPair([5] * length, slice(0, 1), slice(1, 2)) for length in (3, 4, 60, 4, 33)]
+    pairs = [EncodedPair([number, *pair.ids[1:]], pair.text_a, pair.text_b) for number, pair in enumerate(pairs)]
+    batch = pack([1], pairs)
+    assert sorted(path.shape for path in batch.paths) == [(1, 4), (2, 5), (2, 61)]
+    flat = torch.cat([path.flatten() for path in batch.paths])
+    assert flat[batch.places].tolist() == list(range(batch.num_tokens))
 
 
 def test_sliding_window_shorter_than_the_sequence_is_padded():

@@ -1,0 +1,63 @@
+"""Attention over a row that holds several pairs: rearranged into one path a pair, plain causal attention there.
+
+Linear layers see every token once. Only here are queries, keys and values laid out as if each pair stood alone, without
+a mask, so the fastest causal kernel applies; a shared token's output is taken from one of its paths, where it is the
+same in all. The idea of rearranging inside attention alone: Prefix Grouper, arXiv 2506.05433.
+
+Shapes: N tokens of the row, H heads of width D, p paths of at most L tokens.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SHARED = "flipkd_shared"  # its name among transformers' attention implementations
+
+
+def row_of_paths(device: torch.device) -> Tensor:
+    """A mask [1, 1, 1, 1] for the body, which hands it on as it is: that tokens of the row see their paths alone."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def shared_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    paths: tuple[Tensor, ...] = (),
+    places: Tensor | None = None,
+    **settings,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer: [1, heads, N, D] in, [1, N, H, D] out; without paths plain sdpa.
+
+    Args:
+        paths, places: of a `PackedBatch`.
+    Raises:
+        RuntimeError: a model that loses the paths on their way here.
+    """
+    if not paths:
+        if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
+            raise RuntimeError(f"{type(module).__name__} does not hand the paths of packed pairs on to its attention")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    flat = [states[0].transpose(0, 1).flatten(1) for states in (query, key, value)]  # [N, heads * D]
+    width = query.shape[-1]
+    found = []
+    for path in paths:
+        laid_out = (  # [p, heads, L, D]
+            states.index_select(0, path.flatten()).view(*path.shape, -1, width).transpose(1, 2) for states in flat
+        )
+        output, _ = sdpa_attention_forward(module, *laid_out, None, **settings)
+        found.append(output.flatten(2).flatten(0, 1))  # [p * L, H * D]
+    return torch.cat(found).index_select(0, places).unflatten(1, (-1, width)).unsqueeze(0), None
+
+
+def register() -> None:
+    """Make the name known to transformers; padded batches get the masks of sdpa."""
+    AttentionInterface.register(SHARED, shared_attention)
+    AttentionMaskInterface.register(SHARED, sdpa_mask)
+
+
+register()
