@@ -86,7 +86,7 @@ def test_only_answers_pass_the_last_layers_end(tmp_path):
         return lambda _module, inputs: rows.update({name: inputs[0].shape[:-1].numel()})
 
     for name, module in student.named_modules():
-        if name.endswith(("mlp", "o_proj.lora_A.default", "q_proj.lora_A.default")):
+        if name.endswith(("mlp.down_proj", "o_proj.lora_A.default", "q_proj.lora_A.default")):
             module.register_forward_pre_hook(count(name.split("layers.")[1]))
     batch = pack(prefix, pairs)
     student(**batch.tensors("cpu"))
@@ -94,7 +94,7 @@ def test_only_answers_pass_the_last_layers_end(tmp_path):
     assert rows == {
         **{f"{layer}.self_attn.q_proj.lora_A.default": every for layer in (0, 1)},
         **{"0.self_attn.o_proj.lora_A.default": every, "1.self_attn.o_proj.lora_A.default": answers},
-        **{"0.mlp": every, "1.mlp": answers},
+        **{"0.mlp.down_proj": every, "1.mlp.down_proj": answers},
     }
 
 
