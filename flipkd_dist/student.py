@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ from flipkd_dist.weight_files import WeightFiles, Weights
 LORA_A_STD = 0.01  # FlipKD, section 4
 # Dense attention under a mask runs at about a third of the arithmetic rate of a linear layer (BENCHMARKS.md, packing).
 ATTENTION_SLOWDOWN = 3.0
+
+
+class _ReadOut(Exception):
+    """What is wanted is there: the rest of the forward is left out."""
 
 
 class Student(nn.Module):
@@ -59,8 +64,13 @@ class Student(nn.Module):
         attention_mask: Tensor,
         segments: Tensor,
         answer_positions: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums."""
+        readouts_only: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums.
+
+        Args:
+            readouts_only: stop at the read-outs and return these two; without gradient alone.
+        """
         body = self.model.get_base_model().base_model
         if attention_mask.dim() == 4 and self.model.config._attn_implementation == "eager":
             dtype = self.answer_rows.dtype
@@ -69,17 +79,30 @@ class Student(nn.Module):
             )
         captured: list[Tensor] = []
         encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
+
+        def capture(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            captured.append(output)
+            if readouts_only:
+                raise _ReadOut
+
         # Only for this call: activation checkpointing runs the module again in the backward.
-        with encoder.register_forward_hook(lambda _module, _inputs, output: captured.append(output)):
+        with suppress(_ReadOut), encoder.register_forward_hook(capture):
             hidden = body(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
+        readouts = self.segment_means(captured[0], segments, len(answer_positions))
+        if readouts_only:
+            return readouts[0::2], readouts[1::2]
         answers = hidden.flatten(0, 1)[answer_positions]
         # In fp32 at least: rounded to bf16, logits of 16 to 32 would be 0.125 apart.
         bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
         logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
-        readouts = self.segment_means(captured[0], segments, len(answer_positions))
         return logits, readouts[0::2], readouts[1::2]
+
+    @torch.no_grad()
+    def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The read-outs that `forward` gives, without gradient: nothing behind the last layer's LoRA-A is computed."""
+        return self(**batch, readouts_only=True)
 
     @staticmethod
     def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
