@@ -96,6 +96,7 @@ class ChunkedBackward:
             The sum of L_sup, how many answers were right, and the terms of the contrast.
         """
         states, readouts = self.read(micro)
+        scale = scale.to(readouts[0].dtype)
         with self.clock("loss"):
             gradients, terms = self.cache_gradients(micro, readouts, scale)
         return *self.replay(micro, states, gradients, scale, last), terms

@@ -144,6 +144,7 @@ class DeepSpeedEngine:
         if not hasattr(self.engine.optimizer, "_coalesce_grad_reduction"):
             yield  # the wrapper that bf16 weights with fp32 accumulation get: every backward reduces for itself
             return
+        self.engine.set_gradient_accumulation_boundary(True)  # which the step after the context is to find
         with self.engine.coalesce_grad_reduction():
             self.coalescing = True
             try:
