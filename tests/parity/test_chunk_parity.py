@@ -4,6 +4,7 @@ Plain SGD without clipping first: AdamW and clipping hide a wrong scale of the g
 two rows, so that every case has several.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -70,6 +71,7 @@ def train(
     teacher=of_vectors,
     checkpointing=False,
     policy=None,
+    coalesce=True,
     **settings,
 ):
     """Three updates (two with accumulation) with at most `chunk` pairs a forward.
@@ -82,6 +84,8 @@ def train(
     student = engine.student
     if checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not coalesce:
+        engine.one_reduction = nullcontext
     student.train()
     torch.manual_seed(world.rank)
     make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
@@ -119,7 +123,7 @@ def folder(tmp_path_factory):
 
 def compare(folder, stage, world_size, contrast_batch, chunk, num_pairs=22, **options):
     """One process and one forward a contrast batch against `stage` on `world_size` processes in chunks."""
-    one = {key: value for key, value in options.items() if key not in ("checkpointing", "policy")}
+    one = {key: value for key, value in options.items() if key not in ("checkpointing", "policy", "coalesce")}
     pairs = pair_table(num_pairs)
     [expected] = run_gang(1, partial(train, **one), folder, pairs, 0, contrast_batch, None)
     ranks = run_gang(world_size, partial(train, **options), folder, pairs, stage, contrast_batch, chunk)
@@ -154,6 +158,12 @@ def test_zero(folder, stage, world_size, accumulation):
     expected, ranks = compare(folder, stage, world_size, 8, 1, accumulation=accumulation)
     reductions = len(expected["norms"]) * len(expected["weights"])
     assert all(rank["seen"]["reduced"] == reductions for rank in ranks)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_reductions_for_each_chunk(folder, stage):
+    """What DeepSpeed's other optimizer wrappers are left with: every chunk as a micro-step of an accumulation."""
+    compare(folder, stage, 2, 8, 2, accumulation=2, coalesce=False)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
