@@ -140,7 +140,8 @@ class LossConfig(Section):
 class TrainConfig(Section):
     num_train_epochs: Positive = 3
     max_steps: Literal[-1] | Positive = -1  # optimizer steps; -1: by num_train_epochs
-    per_device_train_batch_size: Positive = 32  # pairs
+    per_device_train_batch_size: Positive = 32  # pairs of a contrast batch
+    mini_batch_size: Positive | None = None  # the most pairs of one forward; null: per_device_train_batch_size
     per_device_eval_batch_size: Positive = 64  # pairs
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 3.0e-5
@@ -157,6 +158,11 @@ class TrainConfig(Section):
     logging_steps: Positive = 10  # optimizer steps
     keep_checkpoints: Positive = 5
     profile: bool = False  # PyTorch's trace of a few steps from every rank
+
+    @property
+    def pairs_per_forward(self) -> int:
+        """The most on one device."""
+        return min(self.mini_batch_size or self.per_device_train_batch_size, self.per_device_train_batch_size)
 
 
 class DistributedConfig(Section):

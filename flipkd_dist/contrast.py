@@ -26,6 +26,10 @@ class ContrastRows:
     def to(self, device: torch.device) -> "ContrastRows":
         return ContrastRows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
+    def counts(self) -> Tensor:
+        """Pairs, kept entries and anchors: float64 [3]."""
+        return torch.tensor([len(self.labels), self.keep.sum(), self.anchor.sum()], dtype=torch.float64)
+
 
 def contrast_rows(
     signals: TeacherSignals, batch: np.ndarray, own: slice, threshold: float | None, swap: bool = False

@@ -6,7 +6,7 @@ The only module that imports deepspeed, inside the functions that need it.
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -28,6 +28,12 @@ class Engine(Protocol):
     student: Student
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The read-outs alone, without gradient; every rank must call it."""
+
+    def one_reduction(self) -> AbstractContextManager:
+        """All backwards of an optimizer step inside: gradients are reduced over ranks once, when the context ends."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradient of `loss`, averaged over ranks; `last` ends the accumulation."""
@@ -64,6 +70,12 @@ class PlainEngine:
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.student(**batch)
+
+    def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        return self.student.readouts(**batch)
+
+    def one_reduction(self) -> AbstractContextManager:
+        return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -105,6 +117,7 @@ class DeepSpeedEngine:
 
         self.student = student
         self.stage = ds_config["zero_optimization"]["stage"]
+        self.coalescing = False
         self.parameters = student.lora_parameters()
         self.engine, *_ = deepspeed.initialize(
             model=student,
@@ -116,11 +129,38 @@ class DeepSpeedEngine:
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.engine(**batch)
 
+    def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        # ZeRO-3 keeps the modules that are under way here, and those that were left stay. Its order of fetching bears
+        # a forward that ends early: it is the beginning of the whole one, and each forward starts it anew.
+        depth = len(FWD_MODULE_STACK)
+        found = self.student.readouts(**batch)
+        del FWD_MODULE_STACK[depth:]
+        return found
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        if not hasattr(self.engine.optimizer, "_coalesce_grad_reduction"):
+            yield  # the wrapper that bf16 weights with fp32 accumulation get: every backward reduces for itself
+            return
+        self.engine.set_gradient_accumulation_boundary(True)  # which the step after the context is to find
+        with self.engine.coalesce_grad_reduction():
+            self.coalescing = True
+            try:
+                yield
+            except BaseException:
+                for parameter in self.parameters.values():  # nothing to reduce: the other ranks are elsewhere
+                    parameter.grad = None
+                raise
+            finally:
+                self.coalescing = False
+
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.set_gradient_accumulation_boundary(last or self.coalescing)
         # The loss is divided by global counts already, never by the number of micro-steps.
         self.engine.backward(loss, scale_wrt_gas=False)
-        if not last:
+        if not last and not self.coalescing:
             self.engine.step()
 
     def step(self, learning_rate: float) -> float:

@@ -90,7 +90,7 @@ def make_plan(
     chosen = find_device(name, memory_gib, tflops)
     bf16 = chosen.is_gpu if config.train.bf16 == "auto" else config.train.bf16
     work = Workload(
-        pairs=config.train.per_device_train_batch_size,
+        pairs=config.train.pairs_per_forward,
         tokens_per_pair=tokens_per_pair or config.data.max_length,
         value_bytes=2 if bf16 else 4,
         lora_dropout=config.student.lora_dropout,

@@ -125,23 +125,15 @@ class Progress:
             "log": self.log.state(),
             "shapes": engine.shapes(),
         }
-        found = save_checkpoint(self.folder, step, engine.slices(), self._random(), manifest, bench.world)
+        found = save_checkpoint(self.folder, step, engine.slices(), bench.world.random_state(), manifest, bench.world)
         if bench.world.is_main:
             keep_checkpoints(self.folder, self.keep)
         return found
-
-    def _random(self) -> dict[str, torch.Tensor]:
-        """States of the generators that dropout draws from."""
-        device = self.bench.world.device
-        states = {"cpu": torch.get_rng_state()}
-        return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
     def _restore_random(self, found: Checkpoint) -> None:
         world = self.bench.world
         if found.manifest["world_size"] != world.size:  # no rank of old is this one: begin anew, reproducibly
             torch.manual_seed((self.order.seed * 1000 + world.rank) * 1_000_003 + found.step)
             return
-        torch.set_rng_state(found.random_state(world.rank, "cpu"))
-        state = found.random_state(world.rank, "cuda")
-        if state is not None and world.device.type == "cuda":
-            torch.cuda.set_rng_state(state, world.device)
+        states = {kind: found.random_state(world.rank, kind) for kind in ("cpu", "cuda")}
+        world.restore_random({kind: state for kind, state in states.items() if state is not None})

@@ -28,6 +28,7 @@ NOT_DECISIVE = {
     "train": (
         "verify",
         "per_device_train_batch_size",
+        "mini_batch_size",
         "per_device_eval_batch_size",
         "logging_steps",
         "keep_checkpoints",
@@ -111,7 +112,7 @@ class RunFolder:
         changed = [key for key in now if before[key] != now[key]]
         if changed and (self.checkpoints.exists() or self.adapter.exists()):
             key = changed[0]
-            kept = "keep their product, " if key == CONTRAST_BATCH else ""
+            kept = "keep their product (train.mini_batch_size bounds memory), " if key == CONTRAST_BATCH else ""
             raise UserError(
                 f"name: {self.path} holds a run with {key} = {before[key]!r}, now {now[key]!r}: "
                 f"{kept}choose another name, or remove the folder"

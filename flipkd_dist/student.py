@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,12 +22,17 @@ from flipkd_dist.base import (
 from flipkd_dist.base_loader import Placement, Whole, empty_model, four_bit_form, load_parts, pretrained_model
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.last_layer import behind_attention, narrowed
 from flipkd_dist.losses import at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.shared_attention import SHARED, row_of_paths
 from flipkd_dist.weight_files import WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
+
+
+class _ReadOut(Exception):
+    """What is wanted is there: the rest of the forward is left out."""
 
 
 class Student(nn.Module):
@@ -52,7 +56,7 @@ class Student(nn.Module):
         self.encoder_module = encoder_module
         self.encoder_name = last_encoder(model, encoder_module)
         self.shares_prefix = model.config._attn_implementation == SHARED
-        self.behind_attention = self._behind_attention()
+        self.behind_attention = behind_attention(model, self.encoder_name)
 
     def forward(
         self,
@@ -64,10 +68,12 @@ class Student(nn.Module):
         segments: Tensor,
         first_texts: Tensor,
         answer_positions: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        readouts_only: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Answer logits [m, 2] (match first), read-outs of first and of second texts [m, r] each, fp32 sums.
 
-        Args: the tensors of a `PackedBatch`.
+        Args: the tensors of a `PackedBatch`, and
+            readouts_only: stop at the read-outs and return these two; without gradient alone.
         """
         body = self.model.get_base_model().base_model
         shared = {"paths": paths, "places": places} if paths else {}
@@ -75,54 +81,31 @@ class Student(nn.Module):
             attention_mask = row_of_paths(input_ids.device)
         captured: list[Tensor] = []
         encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
-        hook = encoder.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
+
+        def capture(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            captured.append(output)
+            if readouts_only:
+                raise _ReadOut
+
         # Only for this call: activation checkpointing runs the module again in the backward.
-        with hook, self._narrowed(answer_positions):
+        hook, narrow = encoder.register_forward_hook(capture), narrowed(self.behind_attention, answer_positions)
+        with suppress(_ReadOut), hook, narrow:
             hidden = body(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **shared
             ).last_hidden_state
+        readouts = self.segment_means(captured[0], segments, len(answer_positions))
+        if readouts_only:
+            return readouts[first_texts], readouts[1::2]
         answers = hidden.flatten(0, 1)[answer_positions]
         # In fp32 at least: rounded to bf16, logits of 16 to 32 would be 0.125 apart.
         bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
         logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
-        readouts = self.segment_means(captured[0], segments, len(answer_positions))
         return logits, readouts[first_texts], readouts[1::2]
 
-    def _behind_attention(self) -> list[nn.Module]:
-        """What follows the last layer's attention and takes each position by itself, so no mixture of experts.
-
-        With activation checkpointing nothing: the backward would run it again, without the hooks of `_narrowed`.
-        """
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return []
-        layer = re.match(r".*\.\d+\.", self.encoder_name).group()
-        modules, found = dict(self.model.named_modules()), []
-        for name in (f"{layer}self_attn.o_proj", f"{layer}mlp"):
-            holders = [part for part in modules[name].modules() if part._parameters] if name in modules else []
-            is_encoder = self.encoder_name == name or self.encoder_name.startswith(f"{name}.")
-            if holders and not is_encoder and all(isinstance(part, nn.Linear) for part in holders):
-                found.append(modules[name])
-        return found
-
-    @contextmanager
-    def _narrowed(self, answer_positions: Tensor) -> Iterator[None]:
-        """Inside, what follows the last layer's attention sees the answer positions alone: no others are read."""
-        shape = None
-
-        def narrow(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            nonlocal shape
-            shape = inputs[0].shape[:2]
-            return (inputs[0].flatten(0, 1)[answer_positions].unsqueeze(0),)
-
-        def widen(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            rows = output.new_zeros(shape.numel(), output.shape[-1])
-            return rows.index_copy(0, answer_positions, output[0]).unflatten(0, shape)
-
-        with ExitStack() as hooks:
-            for module in self.behind_attention:
-                hooks.enter_context(module.register_forward_pre_hook(narrow))
-                hooks.enter_context(module.register_forward_hook(widen))
-            yield
+    @torch.no_grad()
+    def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The read-outs that `forward` gives, without gradient: nothing behind the last layer's LoRA-A is computed."""
+        return self(**batch, readouts_only=True)
 
     @staticmethod
     def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:

@@ -35,7 +35,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
     signals = open_signals(inputs, "train")
-    step = TrainingStep(engine, world, signals, bench.make_batch, config.loss)
+    step = TrainingStep(engine, world, signals, bench.make_batch, config.loss, config.train.mini_batch_size)
     clock = step.clock = PhaseClock.of(world.device)
     order, num_steps = training_order(config, len(signals.pairs), world.size)
     learning_rate = schedule(config, num_steps)
@@ -43,7 +43,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
-    batch = bench.make_batch(progress.probes[: config.train.per_device_train_batch_size])
+    batch = bench.make_batch(progress.probes[: config.train.pairs_per_forward])
     check_first_forward(engine, world, batch, bench.load, config.train.verify)
     profiler = StepProfiler(inputs.folder.profile, world, config.train.profile, num_steps - first)
     with StopRequest(inputs.folder.stop).listening() as stop, profiler.listening():

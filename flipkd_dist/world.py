@@ -43,6 +43,17 @@ class World:
         device = torch.device(device)
         return cls(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else cls(device=device)
 
+    def random_state(self) -> dict[str, Tensor]:
+        """States of the generators that dropout draws from, uint8 by kind."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def restore_random(self, states: dict[str, Tensor]) -> None:
+        """Draw again what was drawn after `random_state`."""
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, in float64 and without gradient; every rank must call it."""
         total = values.detach().double().clone()  # all_reduce writes into its argument

@@ -14,9 +14,13 @@ SGD = partial(torch.optim.SGD, lr=0.0)
 
 
 def start_engine(
-    folder: Path, stage: int, optimizer=SGD, accumulation: int = 1, clip: float = 0.0, **settings
+    folder: Path, stage: int, optimizer=SGD, accumulation: int = 1, clip: float = 0.0, policy=None, **settings
 ) -> tuple[Engine, PairEncoder]:
-    """The student in `folder` behind ZeRO's `stage`, or for stage 0 whole in this process."""
+    """The student in `folder` behind ZeRO's `stage`, or for stage 0 whole in this process.
+
+    Args:
+        policy: further keys of DeepSpeed's `zero_optimization`.
+    """
     if not stage:
         student, encoder = started_student(folder, rank=16, **settings)
         return PlainEngine(student, optimizer, clip), encoder
@@ -28,7 +32,7 @@ def start_engine(
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         # A threshold above 0 would leave so small a model whole on every rank.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **(policy or {})},
     }
     prepare_deepspeed(use_gpu=False)
     placement = ZeroPlacement(ds_config)

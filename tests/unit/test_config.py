@@ -84,6 +84,7 @@ DEFAULTS = {
         "num_train_epochs": 3,
         "max_steps": -1,
         "per_device_train_batch_size": 32,
+        "mini_batch_size": None,
         "per_device_eval_batch_size": 64,
         "gradient_accumulation_steps": 1,
         "learning_rate": 3.0e-5,
@@ -217,6 +218,8 @@ def test_values_out_of_range(named, override):
 
 def test_a_value_of_several_kinds_lists_all_of_them(named):
     assert "train.bf16 = 'maybe': must be a valid boolean or 'auto';" in mistake(named, "train.bf16=maybe")
+    assert "train.mini_batch_size = 0: must be greater than or equal to 1" in mistake(named, "train.mini_batch_size=0")
+    assert "train.mini_batch_size = -2: must be greater" in mistake(named, "train.mini_batch_size=-2")
     assert "train.max_steps = 0: must be -1 or greater than or equal to 1;" in mistake(named, "train.max_steps=0")
 
 
@@ -296,3 +299,8 @@ def test_written_and_read_again_it_is_the_same(tmp_path, named):
 def test_run_dir_knows_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/someone")
     assert RunConfig(name="x", output_dir="~/runs").run_dir == Path("/someone/runs/x")
+
+
+@pytest.mark.parametrize(("mini", "pairs"), [("null", 32), ("8", 8), ("32", 32), ("100", 32)])
+def test_pairs_of_a_forward(named, mini, pairs):
+    assert load_config(named, [f"train.mini_batch_size={mini}"]).train.pairs_per_forward == pairs

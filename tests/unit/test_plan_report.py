@@ -122,6 +122,14 @@ def test_a_smaller_batch_is_proposed_where_the_configured_one_fits_nowhere(confi
     assert plan.recommendation.reason.startswith("no layout holds 100000 pairs a device; ZeRO-")
 
 
+def test_activations_are_those_of_one_forward(config_file):
+    folder = config_file.parent / "student"
+    chunked = configured(folder, train={"per_device_train_batch_size": 512, "mini_batch_size": 8})
+    whole = configured(folder, train={"per_device_train_batch_size": 8})
+    found, expected = ([row.memory.activations for row in make_plan(one).rows] for one in (chunked, whole))
+    assert found == expected
+
+
 def test_a_policy_of_ones_own_counts(tmp_path, config_file):
     policy = tmp_path / "own.json"
     policy.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}}))

@@ -157,6 +157,7 @@ FREE = [
     {"teacher": {"batch_size": 9, "num_workers": 9}},
     {"train": {"per_device_eval_batch_size": 9, "logging_steps": 9, "keep_checkpoints": 9}},
     {"train": {"per_device_train_batch_size": 16}, "distributed": {"num_workers": 2}},  # the same contrast batch
+    {"train": {"mini_batch_size": 4}},
     {"distributed": {"timeout_s": 9, "deepspeed": "ds_configs/zero1.json"}},
     {"tracking": {"alias": "other"}},
 ]
@@ -203,6 +204,7 @@ def test_every_setting_either_decides_or_is_known_not_to():
         "teacher.api_key_env",
         "teacher.requests_per_minute",
         "train.per_device_eval_batch_size",
+        "train.mini_batch_size",
         "train.logging_steps",
         "train.keep_checkpoints",
         "train.profile",
