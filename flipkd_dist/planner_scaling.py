@@ -27,7 +27,7 @@ ENTRY_S = 4e-9  # of the matrix: which entries are known to match, kept, negativ
 ENTRY_TOUCHED, VALUE_TOUCHED = 482, 126  # bytes read and written for an entry [m, n], for a value [n, r]
 GATHER_TOUCHED = 28  # of a value: padded blocks, joined and cut; their gradient
 ROWS_KEPT = 7  # bytes of an entry that the rows hold: the teacher's similarity and three masks
-ENTRY_PEAK, VALUE_KEPT, VALUE_PEAK = 44, 4, 20  # bytes at most: by entries in the losses, by values in their backward
+ENTRY_PEAK, VALUE_KEPT, VALUE_PEAK = 47, 4, 20  # bytes at most: by entries in the losses, by values in their backward
 SMALL = 3  # all-reduces of a few numbers in an optimizer step: counts, the gradient's norm, the request to stop
 
 

@@ -33,7 +33,7 @@ def test_the_matrix_by_hand():
     assert MATRIX.host_seconds() == pytest.approx(host)
     device = 6 * 36 * 2 / (0.5e12 * 0.4) + (482 * 36 + 126 * (24 + 6) + 28 * 24) / 10e9
     assert MATRIX.device_seconds(DEVICE) == pytest.approx(device)
-    assert MATRIX.memory() == 7 * 36 + 4 * 24 + 4 * 6 + max(44 * 36 + 4 * 24, 20 * 24)
+    assert MATRIX.memory() == 7 * 36 + 4 * 24 + 4 * 6 + max(47 * 36 + 4 * 24, 20 * 24)
     wide = replace(MATRIX, width=1000)
     assert wide.memory() == 7 * 36 + 4 * 12_000 + 4 * 3000 + 20 * 12_000
     both = replace(MATRIX, directions=2)
