@@ -21,6 +21,7 @@ from statistics import median
 
 from flipkd_dist.config import RunConfig, load_config
 from flipkd_dist.phases import PHASES
+from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.scaling_report import make_scaling
 
 LAUNCHER = Path(__file__).parents[1] / "launchers" / "deepspeed_train.py"
@@ -37,7 +38,7 @@ def overrides(options, world: int) -> list[str]:
 def train(options, world: int) -> dict[str, float]:
     """Seconds of a step and of its phases, means over ranks and steps."""
     config = load_config(options.config, overrides(options, world))
-    for part in ("checkpoints", "metrics.jsonl", "adapter"):
+    for part in ("checkpoints", "metrics.jsonl", "adapter", "stages.json"):
         path = config.run_dir / part
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     with socket.socket() as free:
@@ -71,6 +72,7 @@ def score(options) -> None:
     ]
     subprocess.run(command, check=True)
     for config in configs[1:]:
+        RunFolder(config).open()
         shutil.copytree(configs[0].run_dir / "teacher", config.run_dir / "teacher", dirs_exist_ok=True)
 
 
