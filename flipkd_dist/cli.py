@@ -110,13 +110,25 @@ def show(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--tflops", type=click.FloatRange(0, min_open=True), help="Peak of one device, dense, 10^12 a second.")
 @click.option("--num-workers", type=click.IntRange(1), help="Default: distributed.num_workers.")
 @click.option("--tokens-per-pair", type=click.IntRange(1), help="Default: data.max_length, the most a pair can have.")
+@click.option("--network", type=click.FloatRange(0, min_open=True), help="GB/s between machines, for each device.")
+@click.option(
+    "--scaling",
+    type=click.Choice(["weak", "strong"]),
+    help="The configured layout at 1 to 1,024 workers: weak keeps the pairs per device, strong the contrast batch.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, in bytes and seconds.")
-def plan(config, overrides, device, device_memory, tflops, num_workers, tokens_per_pair, as_json) -> None:
+def plan(
+    config, overrides, device, device_memory, tflops, num_workers, tokens_per_pair, network, scaling, as_json
+) -> None:
     """Memory per device, throughput and the cheapest layout that fits; starts nothing, loads no weights."""
     loaded = load_config(config, overrides)
-    from flipkd_dist.plan_report import make_plan, table
+    from flipkd_dist import plan_report, scaling_report
 
-    made = make_plan(loaded, device, device_memory, tflops, num_workers, tokens_per_pair)
+    options = (device, device_memory, tflops, num_workers, tokens_per_pair, network)
+    if scaling:
+        made, table = scaling_report.make_scaling(loaded, scaling, *options), scaling_report.table
+    else:
+        made, table = plan_report.make_plan(loaded, *options), plan_report.table
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else table(made))
 
 

@@ -46,22 +46,43 @@ class PairTable:
             rows_b: [n] pair numbers whose second texts are the columns.
         Source: FlipKD, section 3, and our ruling on off-diagonal entries.
         """
-        text_a, text_b = self.text_a[rows_a][:, None], self.text_b[rows_b]
-        group_a, group_b = self.group_a[rows_a][:, None], self.group_b[rows_b]
-        keys = self._keys(text_a, text_b)
-        positive = self._positive_keys[np.searchsorted(self._positive_keys, keys)] == keys
-        return (text_a == text_b) | ((group_a == group_b) & (group_a != -1)) | positive
+        text_a, text_b = self.text_a[rows_a], self.text_b[rows_b]
+        group_a, group_b = self.group_a[rows_a], self.group_b[rows_b]
+        match = self._are_positive(text_a, text_b)
+        match |= text_a[:, None] == text_b
+        match |= np.where(group_a == -1, -2, group_a)[:, None] == group_b  # -2 is nobody's code
+        return match
 
-    def _keys(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """One number for two texts in either order."""
-        return np.minimum(one, other) * len(self.texts) + np.maximum(one, other)
+    def _are_positive(self, text_a: np.ndarray, text_b: np.ndarray) -> np.ndarray:
+        """Where a row's text [m] and a column's text [n] are a positive of the table, in either order: bool [m, n].
+
+        A text has few positives: they are looked up among the columns, not every entry among the positives.
+        """
+        unique, row_of = np.unique(text_a, return_inverse=True)
+        order = np.argsort(text_b)
+        columns = text_b[order]
+        texts, partners = self._positives
+        row, place = _spread(np.searchsorted(texts, unique), np.searchsorted(texts, unique, "right"))
+        wanted = partners[place]
+        hit, at = _spread(np.searchsorted(columns, wanted), np.searchsorted(columns, wanted, "right"))
+        found = np.zeros((len(unique), len(columns)), bool)
+        found[row[hit], order[at]] = True
+        return found[row_of]
 
     @cached_property
-    def _positive_keys(self) -> np.ndarray:
-        """Sorted keys of the positives, and one beyond all keys, so that every search ends inside the array."""
+    def _positives(self) -> np.ndarray:
+        """Both texts of every positive, in either order, sorted by the first: int64 [2, 2 positives]."""
         positive = self.label == 1
-        keys = np.unique(self._keys(self.text_a[positive], self.text_b[positive]))
-        return np.append(keys, np.iinfo(np.int64).max)
+        one, other = self.text_a[positive], self.text_b[positive]
+        both = np.stack([np.concatenate([one, other]), np.concatenate([other, one])])
+        return both[:, np.argsort(both[0])]
+
+
+def _spread(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All places of all ranges, one after the other, and which range each is of."""
+    lengths = stop - start
+    which = np.repeat(np.arange(len(start)), lengths)
+    return which, np.arange(len(which)) + (start - np.cumsum(lengths) + lengths)[which]
 
 
 class _Codes(dict):

@@ -76,6 +76,7 @@ def make_plan(
     tflops: float | None = None,
     num_workers: int | None = None,
     tokens_per_pair: int | None = None,
+    network_gb_s: float | None = None,
 ) -> Plan:
     """Predict every layout of the configured student; starts nothing and loads no weights.
 
@@ -86,17 +87,8 @@ def make_plan(
         UserError
     """
     shape = student_shape(config)
-    name = device or ("cpu" if config.distributed.use_gpu is False else DEFAULT)
-    chosen = find_device(name, memory_gib, tflops)
-    bf16 = chosen.is_gpu if config.train.bf16 == "auto" else config.train.bf16
-    work = Workload(
-        pairs=config.train.pairs_per_forward,
-        tokens_per_pair=tokens_per_pair or config.data.max_length,
-        value_bytes=2 if bf16 else 4,
-        lora_dropout=config.student.lora_dropout,
-        on_gpu=chosen.is_gpu,
-        double_quant=config.student.bnb_4bit_use_double_quant,
-    )
+    chosen = chosen_device(config, device, memory_gib, tflops, network_gb_s)
+    work = workload(config, chosen, tokens_per_pair)
     settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
     workers = num_workers or config.distributed.num_workers
     rows = tuple(_row(shape, layout, work, settings[layout.stage], chosen, steps) for layout in layouts(workers))
@@ -114,6 +106,27 @@ def make_plan(
     )
 
 
+def chosen_device(
+    config: RunConfig, name: str | None, memory_gib: float | None, tflops: float | None, network_gb_s: float | None
+) -> Device:
+    """The named device with its figures overridden; without a name the default, or `cpu` where the run uses no GPU."""
+    name = name or ("cpu" if config.distributed.use_gpu is False else DEFAULT)
+    return find_device(name, memory_gib, tflops, network_gb_s)
+
+
+def workload(config: RunConfig, device: Device, tokens_per_pair: int | None) -> Workload:
+    """The configured micro-batch of one device."""
+    bf16 = device.is_gpu if config.train.bf16 == "auto" else config.train.bf16
+    return Workload(
+        pairs=config.train.pairs_per_forward,
+        tokens_per_pair=tokens_per_pair or config.data.max_length,
+        value_bytes=2 if bf16 else 4,
+        lora_dropout=config.student.lora_dropout,
+        on_gpu=device.is_gpu,
+        double_quant=config.student.bnb_4bit_use_double_quant,
+    )
+
+
 def zero_settings(config: RunConfig) -> dict[int, ZeroSettings]:
     """By stage: the configured file for its own stage, the bundled ones for the others."""
     policies = {stage: read_policy(f"ds_configs/zero{stage}.json") for stage in (1, 2, 3)}
@@ -126,6 +139,15 @@ def _policy(config: RunConfig) -> dict:
     """What the configured file says of ZeRO."""
     named = config.distributed.deepspeed
     return {} if named is None else read_policy(named)["zero_optimization"]
+
+
+def configured_layout(config: RunConfig, workers: int) -> Layout:
+    """The stage and modes that the configuration names; its stage is 0 where it names no file."""
+    policy = _policy(config)
+    offloads = bool(policy.get("offload_optimizer"))
+    return Layout(
+        policy.get("stage", 0), workers, config.student.load_in_4bit, offloads, config.train.gradient_checkpointing
+    )
 
 
 def layouts(workers: int) -> list[Layout]:
@@ -151,8 +173,7 @@ def _row(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, devic
 
 def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int) -> Recommendation:
     """The lowest stage that fits as configured; else with as few changes as possible, the dearest last."""
-    offloads = bool(_policy(config).get("offload_optimizer"))
-    configured = Layout(0, 0, config.student.load_in_4bit, offloads, config.train.gradient_checkpointing)
+    configured = configured_layout(config, 0)
     changes = [
         {},
         {"gradient_checkpointing": True},

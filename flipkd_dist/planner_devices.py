@@ -23,6 +23,8 @@ class Device:
     per_machine: int = 8
     unpack_per_s: float | None = None  # four-bit weights a second; None: by memory bandwidth
     mfu: float = 0.4  # share of the peak that training reaches; peers publish 0.41 for LoRA of 8 B on one H100
+    link_latency_s: float = 2e-6  # of one hop inside a machine: an assumption, as the next
+    network_latency_s: float = 8e-6  # of one hop between machines
 
     @property
     def is_gpu(self) -> bool:
@@ -55,7 +57,7 @@ DEVICES = {
         Device("rtx3090", 24, 71, 35.6, 936, 32, 3),
         Device("rtx4090", 24, 165, 82.6, 1008, 32, 3),
         # Two AVX2 cores; unpacking and products as measured on them, so that no share of a peak is assumed.
-        Device("cpu", 24, 0.1, 0.1, 20, 5, 1, per_machine=64, unpack_per_s=1e8, mfu=1.0),
+        Device("cpu", 24, 0.1, 0.1, 20, 5, 1, per_machine=64, unpack_per_s=1e8, mfu=1.0, link_latency_s=5e-5),
     )
 }
 
@@ -80,7 +82,9 @@ def device_of_driver(name: str) -> Device | None:
     return DEVICES.get(DRIVER_NAMES.get(name, ""))
 
 
-def find_device(name: str, memory_gib: float | None = None, tflops: float | None = None) -> Device:
+def find_device(
+    name: str, memory_gib: float | None = None, tflops: float | None = None, network_gb_s: float | None = None
+) -> Device:
     """The named device with its figures overridden.
 
     Raises:
@@ -88,10 +92,14 @@ def find_device(name: str, memory_gib: float | None = None, tflops: float | None
     """
     if name.lower() not in DEVICES:
         known = ", ".join(DEVICES)
-        raise UserError(f"--device {name}: unknown: take one of {known}, and correct it with --device-memory, --tflops")
+        raise UserError(
+            f"--device {name}: unknown: take one of {known}, and correct it with --device-memory, --tflops, --network"
+        )
     device = DEVICES[name.lower()]
     if memory_gib is not None:
         device = replace(device, memory_gib=memory_gib)
     if tflops is not None:
         device = replace(device, bf16_tflops=tflops, fp32_tflops=tflops)
+    if network_gb_s is not None:
+        device = replace(device, network_gb_s=network_gb_s)
     return device

@@ -16,6 +16,7 @@ from flipkd_dist.pairs import PairTable
 from flipkd_dist.store import StoreReader, normalised, pair_text
 
 CHUNK = 16384  # pairs looked up at once
+COLUMNS = 1024  # of a matrix: what is looked up at once stays in the processor's cache
 COSINE = Meaning("cosine")
 
 
@@ -36,7 +37,11 @@ class TextTeacher:
 
     def matrix(self, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
         """alpha of every text of one side with every text of the other, by their rows: float32 [m, n]."""
-        return self.meaning.similarity(self.reader.at(rows_a) @ self.reader.at(rows_b).T, lambda _: "a pair of vectors")
+        cosines, vectors = np.empty((len(rows_a), len(rows_b)), np.float32), self.reader.at(rows_a)
+        for start in range(0, len(rows_b), COLUMNS):
+            part = slice(start, start + COLUMNS)
+            cosines[:, part] = vectors @ self.reader.at(rows_b[part]).T
+        return self.meaning.similarity(cosines, lambda _: "a pair of vectors")
 
     def of_texts(self, texts_a: Sequence[str], texts_b: Sequence[str]) -> np.ndarray:
         """alpha of text k with text k: float32 [k]."""

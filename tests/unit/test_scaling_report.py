@@ -1,0 +1,53 @@
+"""`flipkd plan --scaling` from a folder with a config.json alone."""
+
+import json
+
+import pytest
+from test_plan_report import config_file, configured, run  # noqa: F401
+
+from flipkd_dist.errors import UserError
+from flipkd_dist.scaling_report import WORLDS, make_scaling, table
+
+
+def test_weak_scaling_keeps_the_pairs_per_device(config_file):  # noqa: F811
+    result = run(config_file, "--scaling", "weak", "--tokens-per-pair", 20, "--network", 25)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "weak scaling, 32 pairs a device, 20 tokens a pair" in lines[0] and "25 between machines" in lines[1]
+    cells = [line.split() for line in lines[4:]]
+    assert [(int(c[0]), int(c[1]), int(c[2])) for c in cells] == [(size, 32, 32 * size) for size in WORLDS]
+    assert WORLDS[0] == 1 and WORLDS[-1] == 1024 and cells[0][12] == "100%"
+    assert len({len(line) for line in lines[3:]}) == 1
+
+
+def test_strong_scaling_keeps_the_contrast_batch(config_file):  # noqa: F811
+    result = run(config_file, "--scaling", "strong", "--num-workers", 3, "--json")
+    assert result.exit_code == 0, result.output
+    value = json.loads(result.output)
+    assert value["version"] == 1 and value["kind"] == "strong" and value["layout"]["world_size"] == 3
+    steps = value["steps"]
+    assert [step["ranks"] for step in steps] == [1, 2, 4, 8, 16, 32, 64]  # of 96 pairs
+    assert [step["pairs"] for step in steps] == [96, 48, 24, 12, 6, 3, 2]
+    assert steps[0]["efficiency"] == 1 and steps[-1]["efficiency"] < 0.5 and steps[-1]["bottleneck"] == "weights"
+
+
+def test_the_configuration_decides_layout_and_direction(config_file):  # noqa: F811
+    folder = config_file.parent / "student"
+    own = config_file.parent / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6}}))
+    config = configured(folder, distributed={"deepspeed": str(own)}, train={"gradient_accumulation_steps": 3})
+    found = make_scaling(config, "weak")
+    assert found.layout.stage == 2 and found.micro_steps == 3 and found.width == 32
+    assert "ZeRO-2" in table(found)
+    whole = make_scaling(configured(folder, distributed={"deepspeed": None}), "weak")
+    assert whole.layout.stage == 0 and "DDP" in table(whole)
+    both = make_scaling(
+        config.model_copy(update={"loss": config.loss.model_copy(update={"mcl_symmetric": True})}), "weak"
+    )
+    assert both.steps[-1].gather_bytes == 2 * found.steps[-1].gather_bytes
+
+
+def test_a_number_of_workers_that_would_be_ignored_is_refused(config_file):  # noqa: F811
+    with pytest.raises(UserError, match=r"^--num-workers: --scaling weak takes 1 to 1,024 workers by itself"):
+        make_scaling(configured(config_file.parent / "student"), "weak", num_workers=4)
+    assert run(config_file, "--scaling", "both").exit_code == 2
