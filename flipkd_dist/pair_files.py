@@ -185,9 +185,10 @@ def _distinct_names(names: list[str], path: str | Path) -> list[str]:
     return names
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, more_extensions: tuple[str, ...] = ()) -> None:
     """Find out before the work whether `path` can be written at the end of it."""
-    known_extension(path)
+    if path.suffix not in more_extensions:
+        known_extension(path)
     if path.is_dir():
         raise UserError(f"{path}: this is a folder: name a file in it")
     if not path.parent.is_dir():

@@ -28,10 +28,9 @@ def read_texts(source: Path, text_a: str, text_b: str) -> Iterator[tuple[Record,
     return stream_fields(source, texts)
 
 
-def check_files(source: Path, output: Path) -> None:
-    """Find out before the work whether `output` can be written, and is not the input."""
-    check_output(output)
-    if output.resolve() == Path(source).resolve():
+def check_not_input(output: Path, *inputs: Path | None) -> None:
+    """An input is read while the output is written, and stays the user's."""
+    if output.resolve() in [Path(path).resolve() for path in inputs if path]:
         raise UserError(f"--output {output}: this is the input: name another file")
 
 
@@ -53,7 +52,8 @@ def predict_file(
     Raises:
         UserError: an unreadable input, an output that cannot be written, or no such model.
     """
-    check_files(source, output)
+    check_output(output)
+    check_not_input(output, source)
     checked = ({**record, **ANSWER} for record, _ in read_texts(source, text_a, text_b))
     num_pairs, columns = stream_columns(checked, known_extension(output))
     if not num_pairs:

@@ -2,8 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 Columns = Union[list[str], "pyarrow.Schema"]  # names; for Parquet also a schema
 ROWS_PER_GROUP = 10_000  # of a Parquet file that is written from a stream
+CHARACTERS_PER_GROUP = 2**24
 NUMBERS = {"label": "int64", "labels": "int64", "score": "float64"}  # Parquet types; other columns are texts or lists
 
 
@@ -48,14 +48,34 @@ def stream_columns(records: Iterable[dict[str, Any]], format: str) -> tuple[int,
         UserError: a column of a Parquet file with values of several types.
     """
     count, columns = 0, [] if format == "parquet" else {}
-    stream = iter(records)
-    while rows := list(islice(stream, ROWS_PER_GROUP)):
+    for rows in _row_groups(records):
         count += len(rows)
         if format == "parquet":
             columns = _with_types(columns, rows)
         else:
             columns |= dict.fromkeys(key for row in rows for key in row)
     return count, columns if format == "parquet" else list(columns)
+
+
+def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """A stream in lists that memory holds, whatever the length of a record."""
+    rows, characters = [], 0
+    for record in records:
+        rows.append(record)
+        characters += _characters(record)
+        if len(rows) == ROWS_PER_GROUP or characters > CHARACTERS_PER_GROUP:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return len(value) if isinstance(value, str | bytes) else 1
+    return sum(map(_characters, value))
 
 
 def _with_types(known: Columns, rows: list[dict[str, Any]]) -> Columns:
@@ -79,9 +99,8 @@ def _write_parquet(path: Path, records: Iterable[dict[str, Any]], columns: Colum
         pq.write_table(pa.Table.from_pylist(records), path)
         return
     schema = columns if isinstance(columns, pa.Schema) else _schema_of_pairs(columns)
-    stream = iter(records)
     with pq.ParquetWriter(path, schema) as writer:
-        while rows := list(islice(stream, ROWS_PER_GROUP)):
+        for rows in _row_groups(records):
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
