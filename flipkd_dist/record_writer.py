@@ -47,14 +47,17 @@ def stream_columns(records: Iterable[dict[str, Any]], format: str) -> tuple[int,
     Raises:
         UserError: a column of a Parquet file with values of several types.
     """
-    count, columns = 0, [] if format == "parquet" else {}
-    for rows in _row_groups(records):
-        count += len(rows)
-        if format == "parquet":
+    count, columns = 0, {}
+    if format == "parquet":
+        columns = []
+        for rows in _row_groups(records):
+            count += len(rows)
             columns = _with_types(columns, rows)
-        else:
-            columns |= dict.fromkeys(key for row in rows for key in row)
-    return count, columns if format == "parquet" else list(columns)
+        return count, columns
+    for record in records:
+        count += 1
+        columns |= dict.fromkeys(record)
+    return count, list(columns)
 
 
 def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -80,7 +80,7 @@ def token_batches(
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair.ids[: pair.text_a.stop]), []).append(number)
+        groups.setdefault(tuple(pair.ids[: pair.text_b.start]), []).append(number)  # first text and separator
     for members in groups.values():
         members.sort(key=lambda number: -len(pairs[number].ids))
     empty = _Load(prefix_length, shared)
@@ -88,8 +88,8 @@ def token_batches(
     for members in sorted(groups.values(), key=lambda members: -len(pairs[members[0]].ids)):
         for position, number in enumerate(members):
             length = len(pairs[number].ids)
-            first_text = pairs[number].text_a.stop if position and batch else 0
-            more = load.with_pair(length, length - first_text)
+            shared_before = pairs[number].text_b.start if position and batch else 0
+            more = load.with_pair(length, length - shared_before)
             if batch and not more.fits(limits):
                 batches.append(batch)
                 batch, more = [], empty.with_pair(length, length)

@@ -33,8 +33,8 @@ def computed(batch: list[EncodedPair], shared: bool) -> int:
     """Tokens of a forward, counted another way than by the code."""
     if not shared:
         return len(batch) * (PREFIX + max(len(one.ids) for one in batch))
-    firsts = {tuple(one.ids[one.text_a]) for one in batch}
-    return PREFIX + sum(map(len, firsts)) + sum(len(one.ids) - one.text_a.stop for one in batch)
+    heads = {tuple(one.ids[: one.text_b.start]) for one in batch}  # first text and separator
+    return PREFIX + sum(map(len, heads)) + sum(len(one.ids) - one.text_b.start for one in batch)
 
 
 def paths(batch: list[EncodedPair]) -> int:
@@ -66,18 +66,18 @@ def test_a_pair_above_the_limit_goes_alone():
 
 def test_one_first_text_stands_side_by_side():
     firsts = [[n, *range(40)] for n in (5, 6, 7, 8)]
-    pairs = [pair(firsts[n % 4], 8) for n in range(400)]
+    pairs = [pair(firsts[n % 4], 30) for n in range(400)]
     # Room for one first text and its 100 pairs; in their own order each batch would hold all four.
-    batches = token_batches(pairs, PREFIX, BatchLimits(PREFIX + 41 + 100 * 8, 512), shared=True)
-    assert sum(computed([pairs[n] for n in batch], True) for batch in batches) < 4 * (PREFIX + 41) + 400 * 8 + 300
+    batches = token_batches(pairs, PREFIX, BatchLimits(PREFIX + 42 + 100 * 29, 512), shared=True)
+    assert sum(computed([pairs[n] for n in batch], True) for batch in batches) < 4 * (PREFIX + 42) + 400 * 29 + 300
     assert sum(len({pairs[n].ids[0] for n in batch}) - 1 for batch in batches) <= 4
 
 
 def test_a_first_text_that_was_cut_is_another_text():
     whole, cut = pair([1, 2, 3, 4], 4), pair([1, 2, 3], 4)
-    [batch] = token_batches([whole, cut, whole], PREFIX, BatchLimits(PREFIX + 4 + 3 + 12, 512))
+    [batch] = token_batches([whole, cut, whole], PREFIX, BatchLimits(PREFIX + 5 + 4 + 3 * 3, 512))
     assert sorted(batch) == [0, 1, 2]
-    assert len(token_batches([whole, cut, whole], PREFIX, BatchLimits(PREFIX + 4 + 3 + 11, 512))) == 2
+    assert len(token_batches([whole, cut, whole], PREFIX, BatchLimits(PREFIX + 5 + 4 + 3 * 3 - 1, 512))) == 2
 
 
 def test_nothing_gives_no_batch():
