@@ -10,6 +10,7 @@ from tiny import sentences
 
 from flipkd_dist import predict
 from flipkd_dist.adapter import WEIGHTS
+from flipkd_dist.batches import BatchMaker
 from flipkd_dist.errors import UserError
 from flipkd_dist.predict import Matcher, Ranked
 from flipkd_dist.token_batches import BatchLimits
@@ -69,6 +70,22 @@ def test_batches_follow_the_limits(matcher, monkeypatch):
     made.clear()
     matcher.predict(TEXTS)
     assert made == [len(TEXTS)]
+
+
+def test_padded_batches_are_cut_by_padded_tokens(matcher, monkeypatch):
+    sizes = []
+    padded = BatchMaker(matcher.make_batch.encoder, matcher.student, share_prefix=False)
+    forward = matcher.student.forward
+
+    def note(**tensors):
+        sizes.append(tensors["input_ids"].numel())
+        return forward(**tensors)
+
+    expected = matcher.predict(TEXTS)
+    monkeypatch.setattr(matcher, "make_batch", padded)
+    monkeypatch.setattr(matcher.student, "forward", note)
+    np.testing.assert_allclose(matcher.predict(TEXTS, max_batch_tokens=300), expected, rtol=0, atol=1e-5)
+    assert 150 < np.median(sizes) <= max(sizes) <= 300
 
 
 def test_a_pair_that_comes_again_is_computed_once_and_scores_the_same(matcher, monkeypatch):
