@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -32,13 +33,20 @@ def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, colum
         return
     with open(path, "w", encoding="utf-8", newline="") as file:
         if format == "jsonl":
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(map(_json_line, records))
             return
         if columns is None:
             columns = list(dict.fromkeys(key for record in records for key in record))
         rows = csv.DictWriter(file, columns, delimiter=DELIMITERS[format])
         rows.writeheader()
         rows.writerows(records)
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    line = json.dumps(record, ensure_ascii=False)
+    if not line.isascii() and re.search("[\ud800-\udfff]", line):  # half of a surrogate pair, which is no UTF-8
+        line = json.dumps(record)
+    return line + "\n"
 
 
 def stream_columns(records: Iterable[dict[str, Any]], format: str) -> tuple[int, Columns]:
@@ -89,6 +97,8 @@ def _with_types(known: Columns, rows: list[dict[str, Any]]) -> Columns:
     try:
         found = pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
         return pa.unify_schemas([pa.schema(known), found], promote_options="permissive")
+    except UnicodeEncodeError:
+        raise UserError("a text holds half of a surrogate pair: correct its \\u escapes or write JSONL") from None
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
         raise UserError(f"a column has values of several types ({reason}): write JSONL instead of Parquet") from None

@@ -97,6 +97,18 @@ def test_mixed_types_are_refused_for_parquet_alone(matchers, tmp_path):
     run(source, tmp_path / "out.jsonl")
 
 
+def test_half_of_a_surrogate_pair_in_another_column(matchers, tmp_path):
+    """JSON can escape what UTF-8 cannot hold; found after the scoring, it would be too late."""
+    (tmp_path / "in.jsonl").write_text(
+        '{"text_a": "a", "text_b": "\u00fc", "note": "\\ud83d \u00fc"}\n', encoding="utf-8"
+    )
+    run("in.jsonl", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["note"] == "\ud83d \u00fc"
+    with pytest.raises(UserError, match="surrogate pair: correct"):
+        run("in.jsonl", tmp_path / "out.parquet")
+    assert len(matchers) == 1
+
+
 def test_a_mistake_far_down_is_told_before_the_model_is_loaded(matchers, tmp_path, monkeypatch, capsys):
     records = list(pairs(2 * WINDOW_PAIRS))
     records[-3]["text_b"] = "  "
