@@ -194,7 +194,9 @@ def measure(kind: str, given: dict, candidates: int, queries: int, rounds: int) 
         result[f"rank_to_{other}"] = [
             round(value, 2) for value in (min(ratios), statistics.median(ratios), max(ratios))
         ]
-    result["largest_difference"] = float(max(np.abs(found - scores["padded"]).max() for found in scores.values()))
+    result["largest_difference_to_padded"] = {
+        name: float(f"{np.abs(found - scores['padded']).max():.1e}") for name, found in scores.items()
+    }
     result["spread_of_scores"] = round(float(scores["padded"].std()), 4)
     return result
 
