@@ -6,7 +6,7 @@ those that the BEIR project documents for custom datasets.
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,11 +47,11 @@ def _qrels(path: str | Path) -> tuple[Path, Path]:
     return folder, folder / "qrels" / f"{split}.tsv"
 
 
-class _Lines:
+class Lines:
     """The objects of a JSONL file by their `_id`; none of them stays in memory."""
 
-    def __init__(self, path: Path, file: BinaryIO, database: sqlite3.Connection):
-        self.path, self.file, self.database, self.table = path, file, database, path.stem
+    def __init__(self, path: Path, file: BinaryIO, database: sqlite3.Connection, table: str):
+        self.path, self.file, self.database, self.table = path, file, database, table
         self._index()
 
     def _index(self) -> None:
@@ -104,6 +104,24 @@ def titled_text(record: Record) -> str:
     return text_of({**record, "text": text} if "text" in record else record, "text", "the format")
 
 
+@contextmanager
+def queries_and_corpus(*paths: Path) -> Iterator[list[Lines]]:
+    """The texts of BEIR's two files by their ids.
+
+    Raises:
+        UserError: a file that cannot be read, an object without an id, or an id that stands twice.
+    """
+    columns = "(id TEXT PRIMARY KEY, number INTEGER, place INTEGER) WITHOUT ROWID"
+    tables = ("queries", "corpus")
+    with ExitStack() as stack:
+        database = stack.enter_context(temporary_database(*(f"{table} {columns}" for table in tables)))
+        lines = []
+        for path, table in zip(paths, tables, strict=True):
+            stack.enter_context(readable(path))
+            lines.append(Lines(path, stack.enter_context(open(path, "rb")), database, table))
+        yield lines
+
+
 def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
     """Each judged pair of a folder with its line in the file of judgements: match where the score is above 0.
 
@@ -111,14 +129,7 @@ def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
         UserError: no such folder or split, a mistake in a file, an id that is not in corpus or queries.
     """
     folder, qrels = _qrels(path)
-    columns = "(id TEXT PRIMARY KEY, number INTEGER, place INTEGER) WITHOUT ROWID"
-    with ExitStack() as stack:
-        database = stack.enter_context(temporary_database(f"corpus {columns}", f"queries {columns}"))
-        lines = []
-        for path in (folder / "corpus.jsonl", folder / "queries.jsonl"):
-            stack.enter_context(readable(path))
-            lines.append(_Lines(path, stack.enter_context(open(path, "rb")), database))
-        corpus, queries = lines
+    with queries_and_corpus(folder / "queries.jsonl", folder / "corpus.jsonl") as (queries, corpus):
         for number, row in read_records(qrels, "tsv"):
             where = f"{qrels}:{number}"
             try:
@@ -127,13 +138,14 @@ def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             record = {
-                "text_a": _find(queries, query, "query", where),
-                "text_b": _find(corpus, document, "document", where),
+                "text_a": find_text(queries, query, "query", where),
+                "text_b": find_text(corpus, document, "document", where),
             }
             yield number, {**record, "label": int(relevance > 0), "id_a": query, "id_b": document}, qrels
 
 
-def _find(lines: _Lines, name: str, what: str, where: str) -> str:
+def find_text(lines: Lines, name: str, what: str, where: str) -> str:
+    """The text of an id; `where` names it, for the error."""
     try:
         return lines.text(name)
     except KeyError:

@@ -132,6 +132,35 @@ def plan(
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else table(made))
 
 
+def batched(function):
+    """How a verb that predicts batches, and where it finds model and base."""
+    for option in reversed(
+        (
+            click.option(
+                "--max-batch-tokens",
+                default=8192,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Tokens that a forward computes, shared ones once; a longer pair goes alone.",
+            ),
+            click.option(
+                "--batch-size",
+                default=512,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Pairs of a forward, at most.",
+            ),
+            click.option("--base-model", help="Where the base is, if not where it was in training."),
+            click.option(
+                "--tracking-uri",
+                help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 @cli.command()
 @click.argument("model")
 @click.option(
@@ -142,17 +171,65 @@ def plan(
 )
 @click.option("--text-a", default="text_a", show_default=True, help="Column of the first text.")
 @click.option("--text-b", default="text_b", show_default=True, help="Column of the second text.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Pairs of a forward.")
-@click.option("--base-model", help="Where the base is, if not where it was in training.")
-@click.option(
-    "--tracking-uri", help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db."
-)
-def predict(model, input_, output, text_a, text_b, batch_size, base_model, tracking_uri) -> None:
+@batched
+def predict(model, input_, output, text_a, text_b, max_batch_tokens, batch_size, base_model, tracking_uri) -> None:
     """p(match) of each pair. MODEL is a run folder, an adapter folder or models:/NAME@ALIAS."""
     from flipkd_dist.predict_file import predict_file
+    from flipkd_dist.token_batches import BatchLimits
 
-    count = predict_file(model, input_, output, text_a, text_b, batch_size, base_model, tracking_uri)
+    limits = BatchLimits(max_batch_tokens, batch_size)
+    count = predict_file(model, input_, output, text_a, text_b, limits, base_model, tracking_uri)
     logger.info("%d pairs -> %s", count, output)
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--input",
+    "input_",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Queries with lists of candidates: JSONL or Parquet. With --queries and --corpus: a TREC run.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The same records with ranking: .jsonl or .parquet; or a TREC run: .trec.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Only the best of each list. Default: all.")
+@click.option("--queries", type=click.Path(path_type=Path), help="Texts of a run's queries: JSONL with _id and text.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Of its documents: JSONL with _id, title and text.")
+@click.option("--text-a", help="Column of the query, which is the first text.  [default: text_a]")
+@click.option("--candidates", help='Column of the list, of texts or {"id", "text"}.  [default: candidates]')
+@batched
+def rank(
+    model,
+    input_,
+    output,
+    top_k,
+    queries,
+    corpus,
+    text_a,
+    candidates,
+    max_batch_tokens,
+    batch_size,
+    base_model,
+    tracking_uri,
+) -> None:
+    """Candidates of each query, sorted by p(match): many for one query cost much less than as many pairs.
+
+    MODEL is a run folder, an adapter folder or models:/NAME@ALIAS. A ranking holds index (from 0, in the list), id,
+    p_match and similarity. Inputs may be larger than memory.
+    """
+    from flipkd_dist.rank_file import rank_file
+    from flipkd_dist.token_batches import BatchLimits
+
+    limits = BatchLimits(max_batch_tokens, batch_size)
+    counts = rank_file(
+        model, input_, output, queries, corpus, text_a, candidates, top_k, limits, base_model, tracking_uri
+    )
+    logger.info("%d queries, %d pairs -> %s", *counts, output)
 
 
 @cli.command()

@@ -81,7 +81,7 @@ class Before:
     """Answers of base and adapter, and how they were computed; the models are gone afterwards."""
 
     def __init__(self, adapter: Path, base_model: str | None, texts: list[tuple[str, str]]):
-        matcher = Matcher(adapter, base_model)
+        matcher = Matcher(adapter, base_model, merge=False)  # or merging would be compared with itself
         self.texts, self.threshold = texts, matcher.threshold
         self.dtype, self.device = matcher.student.answer_rows.dtype, matcher.world.device
         self.p_match, _ = matcher.predict(texts, 16)

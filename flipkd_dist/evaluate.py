@@ -11,6 +11,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     roc_auc_score,
 )
+from torch import Tensor
 from tqdm import tqdm
 
 from flipkd_dist.batches import BatchMaker
@@ -22,6 +23,13 @@ from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 ROWS = ("student", "student_readout", "teacher", "token_overlap")
+
+
+def batch_scores(logits: Tensor, readout_a: Tensor, readout_b: Tensor) -> np.ndarray:
+    """p(match) and the cosine of the read-outs of the m pairs of a forward, float64 [m, 2]."""
+    p_match = torch.softmax(logits.double(), dim=1)[:, 0]
+    cosine = torch.cosine_similarity(readout_a.double(), readout_b.double(), dim=1)
+    return torch.stack([p_match, cosine], dim=1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -54,10 +62,7 @@ def student_scores(
     ):
         batch = own[at : at + batch_size]
         packed = make_batch(batch)
-        logits, readout_a, readout_b = forward(**packed.tensors(world.device))
-        p_match = torch.softmax(logits.double(), dim=1)[:, 0]
-        cosine = torch.cosine_similarity(readout_a.double(), readout_b.double(), dim=1)
-        found.append(torch.stack([p_match, cosine], dim=1)[: len(batch)].cpu().numpy())
+        found.append(batch_scores(*forward(**packed.tensors(world.device)))[: len(batch)])
         num_truncated += packed.num_truncated
     student.train(was_training)
     parts, cuts = zip(*world.gather_object((np.concatenate(found), num_truncated)), strict=True)

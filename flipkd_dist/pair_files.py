@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flipkd_dist.errors import UserError
-from flipkd_dist.record_writer import DELIMITERS, write_file
+from flipkd_dist.record_writer import DELIMITERS, Columns, write_file
 
 T = TypeVar("T")
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -73,15 +73,19 @@ def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[int, 
     return _json_records(path) if format == "jsonl" else _delimited_records(path, DELIMITERS[format])
 
 
-def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
-    """What `fields` makes of each record of a file; an error gets its place."""
-    format, read = file_format(path), []
+def stream_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> Iterator[T]:
+    """What `fields` makes of each record of a file, one after the other; an error gets its place."""
+    format = file_format(path)
     for number, record in read_records(path, format):
         try:
-            read.append(fields(record, *columns))
+            yield fields(record, *columns)
         except UserError as error:
             raise UserError(f"{place(path, number, format)}: {error}") from None
-    return read
+
+
+def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
+    """What `fields` makes of each record of a file; an error gets its place."""
+    return list(stream_fields(path, fields, *columns))
 
 
 @contextmanager
@@ -181,9 +185,10 @@ def _distinct_names(names: list[str], path: str | Path) -> list[str]:
     return names
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, more_extensions: tuple[str, ...] = ()) -> None:
     """Find out before the work whether `path` can be written at the end of it."""
-    known_extension(path)
+    if path.suffix not in more_extensions:
+        known_extension(path)
     if path.is_dir():
         raise UserError(f"{path}: this is a folder: name a file in it")
     if not path.parent.is_dir():
@@ -192,12 +197,12 @@ def check_output(path: Path) -> None:
         raise UserError(f"{path}: the folder {path.parent} is not writable: name another")
 
 
-def write_records(files: dict[Path, Iterable[dict[str, Any]]], columns: list[str] | None = None) -> None:
+def write_records(files: dict[Path, Iterable[dict[str, Any]]], columns: Columns | None = None) -> None:
     """Write each file in the format of its extension: all of them complete under temporary names, then renamed.
 
     Args:
         files: the records of each; a list, or with `columns` a stream too, which is never held whole.
-        columns: of CSV, TSV and Parquet; None: those of the records.
+        columns: of CSV, TSV and Parquet (names, or what `stream_columns` found); None: those of the records.
     Raises:
         UserError: a file cannot be written; then none is left half-written.
     """

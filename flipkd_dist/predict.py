@@ -1,9 +1,15 @@
 """p(match) of pairs from a saved adapter, in one process and without the teacher."""
 
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe, load_weights
 from flipkd_dist.base import check_base, fills_blank, load_tokenizer, shares_prefix
@@ -11,22 +17,72 @@ from flipkd_dist.base_loader import Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.evaluate import student_scores
+from flipkd_dist.evaluate import batch_scores
 from flipkd_dist.model_files import fingerprint, resolve_model
 from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import read_json
-from flipkd_dist.student import load_student
+from flipkd_dist.student import Student, load_student
+from flipkd_dist.token_batches import BatchLimits, token_batches, windows
 from flipkd_dist.world import World
+
+logger = logging.getLogger("flipkd_dist")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate in its place: `index` counts from 0 in the list that was ranked."""
+
+    index: int
+    p_match: float
+    similarity: float  # cosine of the read-outs
+
+
+def ranked(p_match: Sequence[float], similarity: Sequence[float], top_k: int | None = None) -> list[Ranked]:
+    """Candidates by falling p(match), equal ones in the order in which they came; the best `top_k` of them."""
+    best = sorted(range(len(p_match)), key=lambda index: -p_match[index])[:top_k]
+    return [Ranked(index, float(p_match[index]), float(similarity[index])) for index in best]
+
+
+@contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over pairs with its ETA; the function takes how many are done, and how many of them were cut."""
+    cut = 0
+    with tqdm(total=total, desc=description, unit=" pairs", disable=None, leave=False) as bar:
+
+        def done(num_pairs: int, num_truncated: int) -> None:
+            nonlocal cut
+            cut += num_truncated
+            bar.update(num_pairs)
+
+        yield done
+    if cut:
+        logger.warning("%s: %d of %d pairs were cut to the maximum length", description, cut, total)
+
+
+def merge_lora(student: Student) -> None:
+    """Add (alpha / r) B A to the base's weights, and drop A and B; but not where the read-out needs A.
+
+    The products of LoRA are then no work of their own. For fp32 weights it is exact up to fp32's rounding; packed 4-bit
+    weights cannot take it, and bf16 would round the sum, which changes answers.
+    """
+    lora = {name: module for name, module in student.model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in lora.items():
+        if name != student.encoder_name:
+            module.merge()
+            student.model.set_submodule(name, module.get_base_layer())
 
 
 class Matcher:
     """A base with its adapter; `threshold` is the decision threshold of p(match) from validation."""
 
-    def __init__(self, folder: Path, base_model: str | None = None, device: str | None = None):
+    def __init__(
+        self, folder: Path, base_model: str | None = None, device: str | None = None, merge: bool | None = None
+    ):
         """
         Args:
             folder: an adapter folder.
             base_model: where the base is, if not where it was in training.
+            merge: add the adapter to the base's weights in memory (`merge_lora`); None: where they are dense and fp32.
         Raises:
             UserError: no adapter there, or a base that is not the one it was trained on.
             RuntimeError: the adapter does not answer its probe pair as it did when it was saved.
@@ -54,15 +110,69 @@ class Matcher:
         encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype, placement=Whole(device))
         load_weights(student, folder / WEIGHTS)
+        if merge or (merge is None and dtype == torch.float32 and not card.load_in_4bit):
+            merge_lora(student)
         self.threshold, self.student = card.threshold, student.to(device).eval()
         self.make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, card.max_length))
         self.world = World(device=torch.device(device))
         [p_match], _ = self.predict([(card.probe.text_a, card.probe.text_b)])
         check_probe(p_match, card, dtype)
 
-    def predict(self, texts: list[tuple[str, str]], batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-        """p(match) and the cosine of the read-outs of each pair, float64 [N] each; `batch_size` in pairs."""
-        return student_scores(self.student, self.world, self.make_batch, texts, batch_size, "predict")
+    def predict(
+        self, texts: Sequence[tuple[str, str]], batch_size: int = 512, max_batch_tokens: int = 8192
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """p(match) and the cosine of the read-outs of each pair, float64 [N] each, in the order of `texts`.
+
+        Args:
+            batch_size: the most pairs of a forward.
+            max_batch_tokens: the most tokens that a forward computes, shared ones counted once.
+        Raises:
+            UserError: a text without a token.
+        """
+        with progress(len(texts), "predict") as done:
+            scores = self.scores(texts, BatchLimits(max_batch_tokens, batch_size), done)
+        return scores[:, 0], scores[:, 1]
+
+    def rank(
+        self,
+        query: str,
+        candidates: Sequence[str],
+        top_k: int | None = None,
+        batch_size: int = 512,
+        max_batch_tokens: int = 8192,
+    ) -> list[Ranked]:
+        """The candidates by falling p(match) with `query` as first text, equal ones in their own order."""
+        return ranked(*self.predict([(query, text) for text in candidates], batch_size, max_batch_tokens), top_k)
+
+    def scores(
+        self, texts: Sequence[tuple[str, str]], limits: BatchLimits, done: Callable[[int, int], None]
+    ) -> np.ndarray:
+        """p(match) and the cosine of the read-outs of each pair, float64 [N, 2].
+
+        Args:
+            done: told how many pairs are done, and how many of them were cut to the maximum length.
+        """
+        parts = [self._window(window, limits, done) for window in windows(texts, lambda pair: pair, lambda _: 1)]
+        return np.concatenate([np.zeros((0, 2)), *parts])
+
+    @torch.inference_mode()
+    def _window(
+        self, texts: list[tuple[str, str]], limits: BatchLimits, done: Callable[[int, int], None]
+    ) -> np.ndarray:
+        rows: dict[tuple[str, str], list[int]] = {}  # a pair that comes again is computed once, and scores the same
+        for row, pair in enumerate(texts):
+            rows.setdefault(pair, []).append(row)
+        pairs, found = list(rows), np.zeros((len(texts), 2))
+        encoder = self.make_batch.encoder
+        encoded = encoder.encode_pairs(pairs)
+        for batch in token_batches(encoded, len(encoder.prefix), limits, self.make_batch.share_prefix):
+            packed = self.make_batch([pairs[number] for number in batch])
+            scores = batch_scores(*self.student(**packed.tensors(self.world.device)))
+            for number, score in zip(batch, scores, strict=True):
+                found[rows[pairs[number]]] = score
+            copies = [len(rows[pairs[number]]) for number in batch]
+            done(sum(copies), sum(n for n, number in zip(copies, batch, strict=True) if encoded[number].truncated))
+        return found
 
 
 def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:

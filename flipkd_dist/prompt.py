@@ -1,5 +1,6 @@
 """Prompt, texts and answers as tokens. Parts are tokenised apart, so a text's span is exact for every tokenizer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flipkd_dist.errors import UserError
@@ -94,10 +95,29 @@ class PairEncoder:
                 f"{max_length - self.room}: raise it or shorten student.prompt"
             )
         self.answer_ids = answer_ids(tokenizer, answers, after)
+        self._known: dict[str, list[int]] = {}
+
+    def remember(self, texts: Iterable[str]) -> None:
+        """Tokenise these texts in one go, much faster than one by one; `encode` has them at hand until the next call.
+
+        What stood there before is forgotten, so that the caller bounds the memory.
+        """
+        wanted = [text for text in dict.fromkeys(texts) if text]
+        ids = self.tokenizer(wanted, add_special_tokens=False)["input_ids"] if wanted else []
+        self._known = dict(zip(wanted, ids, strict=True))
+
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[EncodedPair]:
+        """`encode` of every pair, tokenised in one go and remembered."""
+        self.remember(text for pair in pairs for text in pair)
+        return [self.encode(*pair) for pair in pairs]
+
+    def _ids(self, text: str) -> list[int]:
+        found = self._known.get(text)
+        return _tokens(self.tokenizer, text) if found is None else found
 
     def encode(self, text_a: str, text_b: str) -> EncodedPair:
         """Cut from the longer text first; at least one token of each stays, and all of the prompt."""
-        a, b = _tokens(self.tokenizer, text_a), _tokens(self.tokenizer, text_b)
+        a, b = self._ids(text_a), self._ids(text_b)
         if not a or not b:
             raise UserError(
                 f"data: the student's tokenizer turns {(text_a if not a else text_b)[:40]!r} into no tokens: "

@@ -2,21 +2,29 @@
 
 import csv
 import json
-from collections.abc import Iterable
-from itertools import islice
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
+
+from flipkd_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+Columns = Union[list[str], "pyarrow.Schema"]  # names; for Parquet also a schema
 ROWS_PER_GROUP = 10_000  # of a Parquet file that is written from a stream
+CHARACTERS_PER_GROUP = 2**24
 NUMBERS = {"label": "int64", "labels": "int64", "score": "float64"}  # Parquet types; other columns are texts or lists
 
 
-def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, columns: list[str] | None = None) -> None:
+def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, columns: Columns | None = None) -> None:
     """Write records to `path`.
 
     Args:
-        columns: of a CSV, TSV or Parquet file; None: those of the records, which must be a list then.
+        columns: of a CSV, TSV or Parquet file; None: those of the records, which must be a list then. Names alone
+            make texts of a Parquet file's columns, but for those that pairs have.
     Raises:
         OSError: the disk's own.
     """
@@ -25,7 +33,7 @@ def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, colum
         return
     with open(path, "w", encoding="utf-8", newline="") as file:
         if format == "jsonl":
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(map(_json_line, records))
             return
         if columns is None:
             columns = list(dict.fromkeys(key for record in records for key in record))
@@ -34,20 +42,87 @@ def write_file(path: Path, records: Iterable[dict[str, Any]], format: str, colum
         rows.writerows(records)
 
 
-def _write_parquet(path: Path, records: Iterable[dict[str, Any]], columns: list[str] | None) -> None:
+def _json_line(record: dict[str, Any]) -> str:
+    line = json.dumps(record, ensure_ascii=False)
+    if not line.isascii() and re.search("[\ud800-\udfff]", line):  # half of a surrogate pair, which is no UTF-8
+        line = json.dumps(record)
+    return line + "\n"
+
+
+def stream_columns(records: Iterable[dict[str, Any]], format: str) -> tuple[int, Columns]:
+    """How many records a stream has, and their columns as `write_file` takes them: a pass before that of writing.
+
+    Raises:
+        UserError: a column of a Parquet file with values of several types.
+    """
+    count, columns = 0, {}
+    if format == "parquet":
+        columns = []
+        for rows in _row_groups(records):
+            count += len(rows)
+            columns = _with_types(columns, rows)
+        return count, columns
+    for record in records:
+        count += 1
+        columns |= dict.fromkeys(record)
+    return count, list(columns)
+
+
+def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """A stream in lists that memory holds, whatever the length of a record."""
+    rows, characters = [], 0
+    for record in records:
+        rows.append(record)
+        characters += _characters(record)
+        if len(rows) == ROWS_PER_GROUP or characters > CHARACTERS_PER_GROUP:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return len(value) if isinstance(value, str | bytes) else 1
+    return sum(map(_characters, value))
+
+
+def _with_types(known: Columns, rows: list[dict[str, Any]]) -> Columns:
+    """The schema of these rows and of those before."""
+    import pyarrow as pa
+
+    names = dict.fromkeys(key for row in rows for key in row)
+    try:
+        found = pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
+        return pa.unify_schemas([pa.schema(known), found], promote_options="permissive")
+    except UnicodeEncodeError:
+        raise UserError("a text holds half of a surrogate pair: correct its \\u escapes or write JSONL") from None
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"a column has values of several types ({reason}): write JSONL instead of Parquet") from None
+
+
+def _write_parquet(path: Path, records: Iterable[dict[str, Any]], columns: Columns | None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if columns is None:
         pq.write_table(pa.Table.from_pylist(records), path)
         return
+    schema = columns if isinstance(columns, pa.Schema) else _schema_of_pairs(columns)
+    with pq.ParquetWriter(path, schema) as writer:
+        for rows in _row_groups(records):
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _schema_of_pairs(columns: list[str]) -> "pyarrow.Schema":
+    import pyarrow as pa
+
     passage = pa.struct([(name, pa.string()) for name in ("docid", "title", "text")])
     lists = {"pos": pa.string(), "neg": pa.string(), "pos_scores": pa.float64(), "neg_scores": pa.float64()}
     types = {name: pa.list_(type) for name, type in lists.items()}
     types |= {name: pa.list_(passage) for name in ("positive_passages", "negative_passages")}
     types |= {name: pa.type_for_alias(alias) for name, alias in NUMBERS.items()}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
-    stream = iter(records)
-    with pq.ParquetWriter(path, schema) as writer:
-        while rows := list(islice(stream, ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return pa.schema([(name, types.get(name, pa.string())) for name in columns])

@@ -19,7 +19,7 @@ def answer(*arguments: str) -> str:
 
 
 def test_the_promised_verbs_are_there():
-    assert {*CONFIGURED, "predict", "pairs", "convert"} <= set(cli.commands)
+    assert {*CONFIGURED, "predict", "rank", "pairs", "convert"} <= set(cli.commands)
     overview = answer("--help")
     assert all(f"\n  {verb} " in overview for verb in cli.commands)
 
@@ -30,7 +30,7 @@ def test_help_of_a_verb_says_what_it_takes(verb):
     assert usage.startswith(f"Usage: flipkd {verb} ")
     if verb in CONFIGURED:
         assert usage.endswith("CONFIG [key=value ...]")
-    if verb == "predict":
+    if verb in ("predict", "rank"):
         assert usage.endswith("MODEL") and "models:/NAME@ALIAS" in said
     assert cli.commands[verb].help.split("\n")[0].split(".")[0].split(":")[0] in " ".join(said.split())
     undescribed = [

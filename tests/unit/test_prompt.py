@@ -50,6 +50,42 @@ def test_spans_hold_the_text_and_nothing_else(tokenizers, kind, prompt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_pairs_in_one_go_are_those_one_by_one(tokenizers, kind):
+    encoder = PairEncoder(tokenizers[kind], SPACED, ANSWERS, 40)
+    texts = [*sentences(30, seed=2, longest=40), "kärte 是 \U0001f4b3", "  card  ", "[CLS] <s> card", "Card\n\tlost"]
+    pairs = [*itertools.product(texts[::3], texts[::4]), ("card", "card")]
+    expected = [encoder.encode(*pair) for pair in pairs]
+    assert encoder.encode_pairs(pairs) == expected and any(pair.truncated for pair in expected)
+    assert encoder.encode_pairs([]) == []
+    assert encoder.encode("card", "lost my card") == PairEncoder(tokenizers[kind], SPACED, ANSWERS, 40).encode(
+        "card", "lost my card"
+    )
+    with pytest.raises(UserError, match="into no tokens"):
+        encoder.encode_pairs([("card", "")])
+
+
+def test_remembered_texts_are_not_tokenised_again_and_are_forgotten(tokenizers):
+    counted = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizers["wordpiece"], name)
+
+        def __call__(self, text, **options):
+            counted.append(text)
+            return tokenizers["wordpiece"](text, **options)
+
+    encoder = PairEncoder(Counting(), SPACED, ANSWERS, 60)
+    counted.clear()
+    encoder.encode_pairs([("card", "pin"), ("card", "money"), ("pin", "card")])
+    encoder.encode("card", "money")
+    assert counted == [["card", "pin", "money"]]
+    encoder.remember(["money"])
+    encoder.encode("card", "money")
+    assert counted[1:] == [["money"], "card"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_tokenising_the_whole_would_blur_the_spans(tokenizers, kind):
     """Merges across the borders are real: the parts are not the tokens of the whole text."""
     words = tokenizers[kind]

@@ -1,0 +1,160 @@
+"""The verb `predict` on files: records in their order, formats, mistakes found early, a bounded memory."""
+
+import csv
+import json
+import sys
+import tracemalloc
+
+import pyarrow.parquet as pq
+import pytest
+from matchers import MadeUpMatcher, made_up_score
+
+from flipkd_dist import cli, predict_file
+from flipkd_dist.errors import UserError
+from flipkd_dist.token_batches import WINDOW_PAIRS, BatchLimits
+
+
+@pytest.fixture
+def matchers(monkeypatch, tmp_path):
+    """The matchers that were made; an adapter folder `adapter` is there."""
+    made = []
+    monkeypatch.setattr(predict_file, "Matcher", lambda *given: made.append(MadeUpMatcher(*given)) or made[-1])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "flipkd.json").write_text("{}")
+    return made
+
+
+def write_jsonl(path, records):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
+
+
+def pairs(count):
+    return ({"id": n, "text_a": f"query {n // 3}", "text_b": f"text {n}"} for n in range(count))
+
+
+def run(source, output, **options):
+    return predict_file.predict_file("adapter", source, output, "text_a", "text_b", **options)
+
+
+def answered(record):
+    p_match, similarity = made_up_score((record["text_a"].strip(), record["text_b"].strip()))
+    return {**record, "p_match": p_match, "similarity": similarity, "match": int(p_match >= 0.5)}
+
+
+def test_records_come_back_in_their_order_over_all_windows(matchers, tmp_path):
+    records = list(pairs(2 * WINDOW_PAIRS + 10))
+    records[7] |= {"text_a": "  kärte 丢失 \U0001f4b3 ", "extra": {"nested": [1, None]}}
+    records[-1]["p_match"] = "of the input"  # replaced, as always
+    source, output = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    assert run(source, output, limits=BatchLimits(99, 3)) == len(records)
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert found == [answered(record) for record in records]
+    assert matchers[0].calls == [WINDOW_PAIRS, WINDOW_PAIRS, 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("extension", ["csv", "tsv"])
+def test_delimited_output_has_the_columns_of_all_records(matchers, tmp_path, extension):
+    records = list(pairs(WINDOW_PAIRS + 5))
+    records[-1]["late"] = 'a "quoted"\ttext, with delimiters\nand lines'
+    source, output = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / f"out.{extension}"
+    run(source, output)
+    with output.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file, delimiter="\t" if extension == "tsv" else ","))
+    assert list(found[0]) == ["id", "text_a", "text_b", "p_match", "similarity", "match", "late"]
+    assert found[0]["late"] == "" and found[-1]["late"] == records[-1]["late"]
+    assert [float(row["p_match"]) for row in found] == [answered(record)["p_match"] for record in records]
+
+
+def test_parquet_keeps_the_types_of_columns(matchers, tmp_path, monkeypatch):
+    monkeypatch.setattr("flipkd_dist.record_writer.ROWS_PER_GROUP", 3)
+    records = [{**one, "number": None, "tags": []} for one in pairs(10)]
+    records[5] |= {"number": 3, "tags": ["a"], "meta": {"x": 1}}
+    records[9] |= {"number": 2.5, "meta": {"x": 2, "y": "late"}}
+    source, output = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "out.parquet"
+    run(source, output)
+    schema = {field.name: str(field.type) for field in pq.read_schema(output)}
+    assert schema["id"] == "int64" and schema["number"] == "double" and schema["p_match"] == "double"
+    assert schema["tags"].startswith("list<") and schema["match"] == "int64"
+    found = pq.read_table(output).to_pylist()
+    assert found[5]["number"] == 3 and found[5]["tags"] == ["a"] and found[9]["meta"] == {"x": 2, "y": "late"}
+    assert [row["p_match"] for row in found] == [answered(record)["p_match"] for record in records]
+    again = tmp_path / "again.parquet"
+    run(output, again)  # Parquet in, Parquet out
+    assert pq.read_table(again).equals(pq.read_table(output))
+
+
+def test_mixed_types_are_refused_for_parquet_alone(matchers, tmp_path):
+    records = list(pairs(3))
+    records[2]["id"] = "three"
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    with pytest.raises(UserError, match=r"several types \(.*\): write JSONL instead of Parquet"):
+        run(source, tmp_path / "out.parquet")
+    assert not matchers
+    run(source, tmp_path / "out.jsonl")
+
+
+def test_half_of_a_surrogate_pair_in_another_column(matchers, tmp_path):
+    """JSON can escape what UTF-8 cannot hold; found after the scoring, it would be too late."""
+    (tmp_path / "in.jsonl").write_text(
+        '{"text_a": "a", "text_b": "\u00fc", "note": "\\ud83d \u00fc"}\n', encoding="utf-8"
+    )
+    run("in.jsonl", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["note"] == "\ud83d \u00fc"
+    with pytest.raises(UserError, match="surrogate pair: correct"):
+        run("in.jsonl", tmp_path / "out.parquet")
+    assert len(matchers) == 1
+
+
+def test_a_mistake_far_down_is_told_before_the_model_is_loaded(matchers, tmp_path, monkeypatch, capsys):
+    records = list(pairs(2 * WINDOW_PAIRS))
+    records[-3]["text_b"] = "  "
+    write_jsonl(tmp_path / "in.jsonl", records)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["flipkd", "predict", "adapter", "--input", "in.jsonl", "--output", "out.csv"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    where = f"in.jsonl:{2 * WINDOW_PAIRS - 2}: text_b is empty: fill it in or remove the record"
+    assert capsys.readouterr().err == f"flipkd: {where}\n"
+    assert not matchers and sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_stays_of_a_prediction_that_failed(matchers, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "in.jsonl", pairs(2 * WINDOW_PAIRS))
+    (tmp_path / "out.jsonl").write_text("from before")
+    before = sorted(tmp_path.iterdir())
+    score = MadeUpMatcher.scores
+
+    def fail(self, texts, *more):
+        if self.calls:
+            assert len(sorted(tmp_path.iterdir())) == len(before) + 1  # the draft is being written
+            raise RuntimeError("out of memory")
+        return score(self, texts, *more)
+
+    monkeypatch.setattr(MadeUpMatcher, "scores", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(source, tmp_path / "out.jsonl")
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "out.jsonl").read_text() == "from before"
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "parquet"])
+def test_ten_times_the_pairs_take_the_same_memory(matchers, tmp_path, monkeypatch, extension):
+    monkeypatch.setattr("flipkd_dist.token_batches.WINDOW_PAIRS", 500)
+    monkeypatch.setattr("flipkd_dist.record_writer.ROWS_PER_GROUP", 500)
+
+    def peak(count):
+        source = write_jsonl(tmp_path / "in.jsonl", pairs(count))
+        tracemalloc.start()
+        try:
+            run(source, tmp_path / f"out.{extension}")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    small, large = peak(1500), peak(15_000)
+    # Held whole, the records of ten times the pairs take ten times the memory.
+    assert large < 1.5 * small
