@@ -69,7 +69,8 @@ def compare(size: str, names: list[str], settings: dict, work: Path) -> dict:
     prepared = work / size
     count = (settings["warmup"] + settings["steps"]) * settings["batch_size"]
     command = [sys.executable, str(HERE / "prepare.py"), str(prepared), size, str(count), str(settings["seed"])]
-    subprocess.run(command, check=True, env=environment(settings["threads"]), stdout=subprocess.DEVNULL)
+    with (work / f"{size}-prepare.log").open("w") as log:
+        subprocess.run(command, check=True, env=environment(settings["threads"]), stdout=log, stderr=log)
     keys = ("batch_size", "warmup", "steps", "lora_r", "lora_dropout", "learning_rate", "seed")
     rounds: list[dict[str, dict]] = []
     for number in range(settings["rounds"]):
