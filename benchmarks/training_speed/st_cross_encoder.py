@@ -1,14 +1,17 @@
 """Sentence-Transformers' CrossEncoderTrainer on the same causal LM: its generative reranker, binary cross-entropy.
 
 The prompt is the tokenizer's chat template, as the library asks for it; it tokenises within the step and asks the model
-for the logits of the last position alone, both its own defaults. It has no teacher and no read-out: L_sup only.
+for the logits of the last position alone, both its own defaults. Its sampler is replaced, which would shuffle: the
+batches are those of all. It has no teacher and no read-out: L_sup only.
 """
 
 from datasets import Dataset
 from measure import Spec, StepClock, trainable
 from peft import LoraConfig
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from torch.utils.data import SequentialSampler
 
 
 def text_of(role: str) -> str:
@@ -18,6 +21,10 @@ def text_of(role: str) -> str:
 def literal(text: str) -> str:
     """`text` in a template, whatever white space stands at its ends."""
     return "{{ " + repr(text) + " }}"
+
+
+def in_file_order(dataset, **settings) -> DefaultBatchSampler:
+    return DefaultBatchSampler(SequentialSampler(dataset), **settings)
 
 
 def main() -> None:
@@ -43,7 +50,7 @@ def main() -> None:
     clock.count_real(model.model.model)
     trainer = CrossEncoderTrainer(
         model=model,
-        args=CrossEncoderTrainingArguments(**spec.trainer_arguments()),
+        args=CrossEncoderTrainingArguments(**spec.trainer_arguments(), batch_sampler=in_file_order),
         train_dataset=Dataset.from_list(spec.pairs()),
         loss=BinaryCrossEntropyLoss(model),
         callbacks=[clock.callback()],
