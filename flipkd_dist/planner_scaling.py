@@ -162,12 +162,11 @@ def scaled_step(
     matrix = Matrix(work.pairs, ranks, shape.lora_r, shape.lora_r, directions)
     weight_bytes = sum(weight_traffic(shape, layout, work, zero, micro_steps))
     rounds, sums = weight_collectives(shape, layout, work, zero, micro_steps)
-    gather, scatter = (micro_steps * directions * count for count in readout_bytes(shape, work, ranks))
+    sent = micro_steps * directions * readout_bytes(shape, work, ranks)  # forward, and again backward
     times = micro_steps * directions * (ranks > 1)
     compute = busy_seconds(shape, layout, work, device, micro_steps)
     weights = weight_bytes / bandwidth + rounds * ring_latency(ranks, device) + sums * sum_latency(ranks, device)
-    gathering = gather / bandwidth + times * ring_latency(ranks, device)
-    scattering = scatter / bandwidth + times * sum_latency(ranks, device)
+    gathering = scattering = sent / bandwidth + times * ring_latency(ranks, device)
     on_device, update = micro_steps * matrix.device_seconds(device), update_seconds(shape, layout, work, device)
     host = micro_steps * matrix.host_seconds()
     step = max(compute, weights) if overlaps(layout, zero) else compute + weights
@@ -186,8 +185,8 @@ def scaled_step(
         step_s=step,
         pairs_per_s=micro_steps * matrix.columns / step,
         weight_bytes=int(weight_bytes),
-        gather_bytes=int(gather),
-        scatter_bytes=int(scatter),
+        gather_bytes=sent,
+        scatter_bytes=sent,
         collectives=rounds + sums + 2 * times,
         matrix_bytes=matrix.memory(),
         peak_bytes=predict(shape, layout, work, zero).peak + matrix.memory(),

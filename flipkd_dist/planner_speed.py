@@ -33,10 +33,9 @@ def flops_per_token(shape: Shape, length: int, checkpointing: bool) -> float:
     return forward * (2 if checkpointing else 1) + backward
 
 
-def readout_bytes(shape: Shape, work: Workload, ranks: int) -> tuple[float, float]:
-    """What one device sends of second texts' read-outs in a micro-step: gathered forward, their gradients summed."""
-    rows = work.pairs * shape.lora_r * FP32
-    return (ranks - 1) * rows, 2 * (ranks - 1) * rows
+def readout_bytes(shape: Shape, work: Workload, ranks: int) -> int:
+    """What one device sends of second texts' read-outs in a micro-step, and again of their gradients backward."""
+    return (ranks - 1) * work.pairs * shape.lora_r * FP32
 
 
 def weight_traffic(
@@ -61,7 +60,7 @@ def fetched_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettin
 
 def wire_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, micro_steps: int = 1) -> int:
     """What one device sends in an optimizer step."""
-    readouts = sum(readout_bytes(shape, work, layout.world_size))
+    readouts = 2 * readout_bytes(shape, work, layout.world_size)
     return int(sum(weight_traffic(shape, layout, work, zero, micro_steps)) + micro_steps * readouts)
 
 

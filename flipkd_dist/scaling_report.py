@@ -62,6 +62,7 @@ def make_scaling(
     shape, chosen = student_shape(config), chosen_device(config, device, memory_gib, tflops, network_gb_s)
     workers = num_workers or config.distributed.num_workers
     layout, work = configured_layout(config, workers), workload(config, chosen, tokens_per_pair)
+    work = replace(work, pairs=config.train.per_device_train_batch_size)  # a chunked contrast batch is not modelled
     contrast_batch, zero = work.pairs * workers, zero_settings(config)[layout.stage]
     steps, directions = config.train.gradient_accumulation_steps, 2 if config.loss.mcl_symmetric else 1
     found = []

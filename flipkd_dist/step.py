@@ -84,9 +84,11 @@ class TrainingStep:
         self.clock: Clock = no_clock  # told which phase begins and ends; it changes nothing
 
     def prepare(self, batches: list[np.ndarray]) -> list[MicroStep | ChunkedMicroStep]:
-        """This rank's part of an optimizer step whose contrast batches are `batches` (pair numbers)."""
-        with self.clock("data"):
-            return [self._prepare(batch) for batch in batches]
+        """This rank's part of an optimizer step whose contrast batches are `batches` (pair numbers).
+
+        It depends on nothing that a step changes, and may run in another thread.
+        """
+        return [self._prepare(batch) for batch in batches]
 
     def _prepare(self, batch: np.ndarray) -> MicroStep | ChunkedMicroStep:
         shares = [rows_of_rank(len(batch), rank, self.world.size) for rank in range(self.world.size)]

@@ -8,6 +8,7 @@ import torch
 from transformers import get_scheduler
 
 from flipkd_dist.adapter import AdapterCard, Probe, save_adapter
+from flipkd_dist.ahead import ahead
 from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
@@ -49,9 +50,11 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     with StopRequest(inputs.folder.stop).listening() as stop, profiler.listening():
         engine.student.train()
         log.start_clock()
+        prepared = ahead(lambda number: step.prepare(order.contrast_batches(number)), range(first, num_steps))
         for number in range(first, num_steps):
             with profiler.step():
-                micro_steps = step.prepare(order.contrast_batches(number))
+                with clock("data"):
+                    micro_steps = next(prepared)
                 rate = learning_rate(number)
                 done = step(micro_steps, rate)
             log.add(number + 1, *done, rate, order)

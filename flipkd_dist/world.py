@@ -15,16 +15,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block: Tensor, sending: Callable[[], AbstractContextManager]) -> Tensor:
         ctx.sending = sending
-        blocks = [torch.empty_like(block) for _ in range(dist.get_world_size())]
-        dist.all_gather(blocks, block)
-        return torch.cat(blocks)
+        blocks = block.new_empty(dist.get_world_size() * len(block), *block.shape[1:])
+        dist.all_gather(list(blocks.chunk(dist.get_world_size())), block.contiguous())  # views: no copy follows
+        return blocks
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         with ctx.sending():
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()], None
+            own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+            dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own, None
 
 
 @dataclass(frozen=True)
