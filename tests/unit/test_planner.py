@@ -177,7 +177,7 @@ def test_operations_of_a_token():
 
 
 def test_bytes_on_the_wire():
-    readouts = 3 * 2 * 4 * (1 + 2)  # two ranks: sent once, summed around the ring
+    readouts = 3 * 2 * 4 * (1 + 1)  # two ranks: sent once, and their gradients once
     assert wire_bytes(SHAPE, Layout(0, 1), FP32, NO_BUCKET) == 0
     assert wire_bytes(SHAPE, Layout(0, 2), FP32, NO_BUCKET) == 4 * 224 + readouts
     assert wire_bytes(SHAPE, Layout(1, 2), BF16, NO_BUCKET) == 2 * 224 + 2 * 112 + readouts
