@@ -103,13 +103,16 @@ class ChunkedBackward:
 
     def read(self, micro: ChunkedMicroStep) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """The generators' states before each chunk, and the read-outs of first and second texts [m, r]."""
-        states, parts = [], []
+        states, readouts = [], None
         for batch, rows in zip(micro.batches, micro.chunks, strict=True):
             states.append(self.world.random_state())
             with self.clock("forward"):
                 found = self.engine.readouts(**batch.tensors(self.world.device))
-            parts.append([values[: rows.stop - rows.start] for values in found])
-        return states, [torch.cat(side) for side in zip(*parts, strict=True)]
+            # Copied: what they are views of would stay between activations that are freed.
+            readouts = readouts or [values.new_empty(len(micro.labels), values.shape[1]) for values in found]
+            for side, values in zip(readouts, found, strict=True):
+                side[rows] = values[: rows.stop - rows.start]
+        return states, readouts
 
     def cache_gradients(
         self, micro: ChunkedMicroStep, readouts: list[Tensor], scale: Tensor

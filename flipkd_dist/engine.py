@@ -75,6 +75,8 @@ class PlainEngine:
         return self.student.readouts(**batch)
 
     def one_reduction(self) -> AbstractContextManager:
+        for parameter in self.parameters.values():  # here, or they come to lie between activations that are freed
+            parameter.grad = torch.zeros_like(parameter)
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -60,13 +60,19 @@ def prepared(tmp_path_factory) -> RunConfig:
 
 
 def run_config(
-    prepared: RunConfig, name: str, workers: int, stage: int | str = 3, bf16: bool = False, **student
+    prepared: RunConfig,
+    name: str,
+    workers: int,
+    stage: int | str = 3,
+    bf16: bool = False,
+    mini_batch_size: int | None = None,
+    **student,
 ) -> RunConfig:
     """The prepared run under another name, on `workers` workers; `stage` of ZeRO (0: no DeepSpeed) or a file."""
     values = prepared.model_dump()
     values["name"] = name
     values["student"] |= student
-    values["train"] |= {"per_device_train_batch_size": 8 // workers, "bf16": bf16}
+    values["train"] |= {"per_device_train_batch_size": 8 // workers, "bf16": bf16, "mini_batch_size": mini_batch_size}
     values["distributed"] |= {"num_workers": workers, "timeout_s": 60}
     policy = f"zero{stage}.json" if isinstance(stage, int) else stage
     values["distributed"]["deepspeed"] = policy if stage else None
@@ -288,6 +294,30 @@ def test_other_workers_and_other_stages(prepared, before, after, load_in_4bit):
     assert resume(moved, after[0]) == 4
     assert_close(moved, settled)
     assert [line["step"] for line in lines(moved)] == [line["step"] for line in lines(settled)]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_on_fewer_devices_in_chunks(prepared, stage):
+    """The contrast batches of two devices on one, at most three pairs a forward; dropout 0."""
+    settled = run_config(prepared, f"whole-chunks-{stage}", 2, lora_dropout=0.0)
+    run_gang(2, train, settled)
+    moved = run_config(prepared, f"moved-chunks-{stage}", 2, lora_dropout=0.0)
+    stop_at(moved, 2, 4)
+    moved = run_config(prepared, moved.name, 1, stage, mini_batch_size=3, lora_dropout=0.0)
+    assert resume(moved, 1) == 4
+    assert_close(moved, settled)
+
+
+def test_kill_9_in_chunks(prepared, undisturbed):
+    """Dropout draws in a resumed run what it would have drawn, chunk by chunk."""
+    settled = run_config(prepared, "chunks-whole", 2, mini_batch_size=2)
+    run_gang(2, train, settled)
+    assert lines(settled) != lines(undisturbed)  # chunks draw other dropout, so there were some
+    killed = run_config(prepared, "chunks-killed", 2, mini_batch_size=2)
+    kill_when(killed, 2, has_line(killed, 4))
+    assert resume(killed, 2) > 0
+    assert_equal(killed, settled)
+    assert lines(killed) == lines(settled)
 
 
 def train_and_stop_at(config: RunConfig, step: int) -> None:
