@@ -6,6 +6,7 @@ turn one optimisation off each.
 """
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,8 @@ def main() -> None:
     lines = "".join(json.dumps(pair) + "\n" for pair in spec.pairs())
     (Path(spec.scratch) / "pairs.jsonl").write_text(lines, encoding="utf-8")
     config = run_settings(spec)
+    if config.distributed.deepspeed is not None:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # as a launcher does
     folder = RunFolder(config)
     folder.open()
     shutil.copytree(Path(spec.prepared) / "runs" / config.name / "teacher", folder.teacher)

@@ -32,15 +32,22 @@ def test_speed_is_that_of_the_median_step_and_ratios_are_of_one_round():
     ]
     table = summary.rows(rounds, BASELINE)
     assert table["ours"]["sequences_per_second"] == {"median": 16.0, "lowest": 8.0, "highest": 32.0}
-    assert table["ours"]["ratio"] == {"median": 3.0, "lowest": 2.0, "highest": 4.0}
-    assert table[BASELINE]["peak_mib"]["median"] == 2000.0 and table["ours"]["runs"] == 3
-    assert "| ours | 16.0 (8.0 to 32.0) | 3.00 (2.00 to 4.00) | 1000 (500) | 105, 129 |" in summary.markdown(
-        table, BASELINE
+    assert table["ours"]["over_baseline"] == {"median": 3.0, "lowest": 2.0, "highest": 4.0}
+    assert table[BASELINE]["ours_over"] == table["ours"]["over_baseline"]
+    assert (
+        table[BASELINE]["over_baseline"]
+        == table["ours"]["ours_over"]
+        == dict.fromkeys(("median", "lowest", "highest"), 1.0)
     )
+    assert table[BASELINE]["peak_mib"]["median"] == 2000.0 and table["ours"]["runs"] == 3
+    line = "| ours | 16.0 (8.0 to 32.0) | 3.00 (2.00 to 4.00) | 1.00 (1.00 to 1.00) | 1000 (500) | 105, 129 |"
+    assert line in summary.markdown(table, BASELINE).splitlines()
 
 
 def test_a_run_without_the_baseline_has_no_ratio():
-    assert summary.rows([{"ours": result([1.0])}], BASELINE)["ours"]["ratio"] is None
+    table = summary.rows([{"ours": result([1.0])}], BASELINE)
+    assert table["ours"]["over_baseline"] is None
+    assert "| ours | 32.0 (32.0 to 32.0) |  | 1.00" in summary.markdown(table, BASELINE)
 
 
 @pytest.mark.parametrize("name", make_texts.SIZES)
