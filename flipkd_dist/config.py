@@ -142,6 +142,7 @@ class TrainConfig(Section):
     max_steps: Literal[-1] | Positive = -1  # optimizer steps; -1: by num_train_epochs
     per_device_train_batch_size: Positive = 32  # pairs of a contrast batch
     mini_batch_size: Positive | None = None  # the most pairs of one forward; null: per_device_train_batch_size
+    group_size: Positive = 1  # the most pairs of one first text that are kept side by side; 1: pairs are shuffled alone
     per_device_eval_batch_size: Positive = 64  # pairs
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 3.0e-5

@@ -85,6 +85,7 @@ DEFAULTS = {
         "max_steps": -1,
         "per_device_train_batch_size": 32,
         "mini_batch_size": None,
+        "group_size": 1,
         "per_device_eval_batch_size": 64,
         "gradient_accumulation_steps": 1,
         "learning_rate": 3.0e-5,

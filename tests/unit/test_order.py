@@ -1,5 +1,7 @@
 """The order of pairs is a pure function; shares of ranks partition the batch."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,25 @@ def test_accumulation_only_regroups_the_contrast_batches():
     flat = [batch.tolist() for step in range(6) for batch in Order(24, 4, 1, seed=0).contrast_batches(step)]
     grouped = [batch.tolist() for step in range(2) for batch in Order(24, 4, 3, seed=0).contrast_batches(step)]
     assert flat == grouped
+
+
+def test_pairs_of_one_first_text_stay_side_by_side():
+    texts = np.array([7] * 6 + [3] * 5 + list(range(10, 20)))
+    order = Order(21, 21, 1, 5, texts, group_size=4)
+    for epoch in range(3):
+        [batch] = order.contrast_batches(epoch)
+        assert sorted(batch) == list(range(21))
+        runs = [(text, len(list(run))) for text, run in groupby(texts[batch])]
+        assert sorted(runs) == sorted([(7, 4), (7, 2), (3, 4), (3, 1), *((text, 1) for text in range(10, 20))])
+        plain = Order(21, 21, 1, 5).contrast_batches(epoch)[0]
+        leaders = [
+            pair for pair in plain if texts[pair] > 9 or pair == next(p for p in plain if texts[p] == texts[pair])
+        ]
+        kept = [pair for pair in batch if pair in leaders]
+        assert kept == leaders  # a group stands where the shuffle has its first member
+    assert order.contrast_batches(0)[0].tolist() != order.contrast_batches(1)[0].tolist()
+    alone = Order(21, 21, 1, 5, texts).contrast_batches(0)[0]
+    assert alone.tolist() == Order(21, 21, 1, 5).contrast_batches(0)[0].tolist()
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 8, 11])
