@@ -129,7 +129,7 @@ def batch_of(texts: list[tuple[str, str]], sequence: int, vocabulary: int) -> Pa
         return generator.integers(vocabulary, size=size).tolist()
 
     pairs = [EncodedPair(ids(own), slice(0, half), slice(half, own - 1)) for _ in texts]
-    return pack(ids(prefix), pairs, [[number] for number in range(len(pairs))])
+    return pack(ids(prefix), pairs, share=False)
 
 
 def peak_bytes(device: str) -> dict[str, float]:

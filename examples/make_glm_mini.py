@@ -25,8 +25,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from flipkd_dist.glm_mini import PROMPT, blocks_of, untrained
 from flipkd_dist.losses import cosine_matrix
-from flipkd_dist.packing import pack, plan_rows
+from flipkd_dist.packing import pack
 from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.shared_attention import SHARED, row_of_paths
 from flipkd_dist.student import Student
 
 CENTRE, WIDTH = 0.55, 0.07
@@ -102,6 +103,7 @@ class Matcher(torch.nn.Module):
     def __init__(self, model, encoder: PairEncoder):
         super().__init__()
         self.model, self.encoder, self.seen = model, encoder, None
+        model.set_attn_implementation(SHARED)
         model.model.layers[-1].self_attn.q_proj.register_forward_hook(self._see)
 
     def _see(self, _module, inputs, _output) -> None:
@@ -109,18 +111,18 @@ class Matcher(torch.nn.Module):
 
     def forward(self, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         encoded = [self.encoder.encode(a, b) for a, b in pairs]
-        lengths = [len(pair.ids) for pair in encoded]
-        rows = plan_rows(lengths, len(self.encoder.prefix), Student.cost_of(self.model.config))
-        batch = pack(self.encoder.prefix, encoded, rows)
+        batch = pack(self.encoder.prefix, encoded)
         hidden = self.model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=row_of_paths(batch.input_ids.device),
+            paths=batch.paths,
+            places=batch.places,
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)[batch.answer_positions]
         yes, no = (hidden @ self.model.get_input_embeddings().weight[self.encoder.answer_ids].T).unbind(1)
         texts = Student.segment_means(self.seen, batch.segments, len(pairs))
-        return yes - no, texts[0::2], texts[1::2]
+        return yes - no, texts[batch.first_texts], texts[1::2]
 
 
 @torch.inference_mode()

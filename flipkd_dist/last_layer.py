@@ -10,13 +10,9 @@ from torch import Tensor, nn
 def behind_attention(model: nn.Module, encoder_name: str) -> list[nn.Module]:
     """Modules behind the last layer's attention that take each position by itself; a mixture of experts does not.
 
-    With activation checkpointing there are none: the backward runs the layer again, without the hooks of `narrowed`.
-
     Args:
         encoder_name: of the last layer's module whose LoRA-A is the read-out, which needs every token.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return []
     layer = re.match(r".*\.\d+\.", encoder_name).group()
     modules, found = dict(model.named_modules()), []
     for name in (f"{layer}self_attn.o_proj", f"{layer}mlp"):

@@ -87,8 +87,11 @@ class Student(nn.Module):
             if readouts_only:
                 raise _ReadOut
 
-        # Only for this call: activation checkpointing runs the module again in the backward.
-        hook, narrow = encoder.register_forward_hook(capture), narrowed(self.behind_attention, answer_positions)
+        # Hooks are for this call alone. Activation checkpointing runs a layer again without them, in the backward: what
+        # is captured stays as it is, and the last layer's end must have seen every position the first time too.
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        narrow = narrowed([] if checkpointed else self.behind_attention, answer_positions)
+        hook = encoder.register_forward_hook(capture)
         with suppress(_ReadOut), hook, narrow:
             hidden = body(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **shared

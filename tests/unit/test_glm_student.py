@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def rows(encoder, pairs: list[EncodedPair]) -> dict[str, torch.Tensor]:
-    return pack(encoder.prefix, pairs, [[number] for number in range(len(pairs))], blank=True).tensors("cpu")
+    return pack(encoder.prefix, pairs, share=False, blank=True).tensors("cpu")
 
 
 def test_layout():
@@ -47,7 +47,7 @@ def test_layout():
         EncodedPair([11, 12, 13, 7, 8, 9], slice(0, 1), slice(2, 3)),  # 7, 8, 9: [MASK], <|endoftext|>, the start token
         EncodedPair([21, 22, 7, 8, 9], slice(0, 1), slice(1, 2)),
     ]
-    batch = pack([1, 2], pairs, [[0], [1]], blank=True)
+    batch = pack([1, 2], pairs, share=False, blank=True)
     assert batch.input_ids.tolist() == [[1, 2, 11, 12, 13, 7, 8, 9], [1, 2, 21, 22, 7, 8, 9, 0]]
     assert batch.position_ids[:, 0].tolist() == [[0, 1, 2, 3, 4, 5, 6, 5], [0, 1, 2, 3, 4, 5, 4, 0]]
     assert batch.position_ids[:, 1].tolist() == [[0] * 7 + [1], [0] * 6 + [1, 0]]
@@ -57,7 +57,7 @@ def test_layout():
     assert mask[0] == [[1] * 7 + [0]] * 7 + [[1] * 8]
     assert mask[1] == [[1] * 6 + [0, 0]] * 6 + [[1] * 7 + [0], [0] * 7 + [1]]
     with pytest.raises(AssertionError):
-        pack([1, 2], pairs, [[0, 1]], blank=True)
+        pack([1, 2], pairs, blank=True)
 
 
 def test_tokens_of_a_pair(folder):

@@ -17,7 +17,7 @@ TEXTS = list(zip(*[iter(sentences(12, seed=4))] * 2, strict=True))
 
 def run(student, encoder, pairs: list[EncodedPair]):
     """Logits and read-outs of the pairs, one a row."""
-    return student(**pack(encoder.prefix, pairs, [[number] for number in range(len(pairs))]).tensors("cpu"))
+    return student(**pack(encoder.prefix, pairs, share=False).tensors("cpu"))
 
 
 def last_queries(student):

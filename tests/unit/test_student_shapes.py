@@ -31,7 +31,7 @@ def save(folder, monkeypatch, family, config, **changes):
 def logits_and_whole(student, encoder):
     """The student's two logits and the whole model's, of one pair."""
     pair = encoder.encode("card lost", "open my account")
-    logits, readout, _ = student.eval()(**pack(encoder.prefix, [pair], [[0]]).tensors("cpu"))
+    logits, readout, _ = student.eval()(**pack(encoder.prefix, [pair]).tensors("cpu"))
     whole = student.model(input_ids=torch.tensor([encoder.prefix + pair.ids])).logits[0, -1]
     return logits[0], whole[encoder.answer_ids], readout
 
