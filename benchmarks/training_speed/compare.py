@@ -1,10 +1,10 @@
 """Training speed and memory of ours and of what users would pick instead: the same weights, pairs, batches and cores.
 
     python benchmarks/training_speed/compare.py                      # the headline, all three sizes
-    python benchmarks/training_speed/compare.py --size short ours: hf_trainer
+    python benchmarks/training_speed/compare.py --size short ours ours: hf_trainer
 
 Every run is a process of its own. A round runs each variant once, the next round in the opposite order; a ratio is that
-of two runs of one round. docs: benchmarks/README.md.
+of two runs of one round. benchmarks/README.md tells the whole.
 """
 
 import json

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class StepClock:
         self.spec = spec
         self.libraries_mib = resident("VmRSS")
         self.ends: list[float] = []
+        self.processor: list[float] = []  # seconds of all threads so far, at the same moments
         self.computed, self.real = [0], [0]  # tokens by step; the last entry is the running step's
         self.peak_mib, self.since_reset = 0.0, False
         self.notes: dict[str, Any] = {}
@@ -125,6 +127,7 @@ class StepClock:
 
     def end_step(self) -> None:
         self.ends.append(time.perf_counter())
+        self.processor.append(time.process_time())
         self.computed.append(0)
         self.real.append(0)
         if len(self.ends) == self.spec.warmup:
@@ -148,9 +151,9 @@ class StepClock:
         spec = self.spec
         assert len(self.ends) == spec.num_steps, f"{len(self.ends)} steps in place of {spec.num_steps}"
         counted = slice(spec.warmup, spec.num_steps)
-        seconds = [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
         result = {
-            "seconds": seconds[spec.warmup - 1 :],
+            "seconds": differences(self.ends[spec.warmup - 1 :]),
+            "processor_seconds": differences(self.processor[spec.warmup - 1 :]),
             "sequences": spec.batch_size,
             "computed_tokens": self.computed[counted],
             "real_tokens": self.real[counted],
@@ -162,6 +165,10 @@ class StepClock:
             **more,
         }
         print(RESULT + json.dumps(result), flush=True)
+
+
+def differences(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 def versions() -> dict[str, str]:

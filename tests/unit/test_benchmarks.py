@@ -88,8 +88,9 @@ def spec(**changed):
 
 
 def test_the_clock_leaves_the_warm_up_out(monkeypatch, capsys):
-    times = iter([10.0, 11.0, 13.0, 16.0])
+    times, processor = iter([10.0, 11.0, 13.0, 16.0]), iter([1.0, 2.0, 6.0, 11.0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(processor))
     clock = measure.StepClock(spec())
     for tokens in (1, 2, 3, 4):
         clock.computed[-1] += tokens
@@ -97,7 +98,8 @@ def test_the_clock_leaves_the_warm_up_out(monkeypatch, capsys):
     clock.print_result()
     line = capsys.readouterr().out.removeprefix(measure.RESULT)
     found = json.loads(line)
-    assert found["seconds"] == [2.0, 3.0] and found["computed_tokens"] == [3, 4] and found["sequences"] == 4
+    assert found["seconds"] == [2.0, 3.0] and found["processor_seconds"] == [4.0, 5.0]
+    assert found["computed_tokens"] == [3, 4] and found["sequences"] == 4
     assert found["peak_mib"] >= found["libraries_mib"] > 0
 
 
