@@ -63,7 +63,7 @@ def test_the_clock_changes_no_bit(tmp_path):
         assert sums == expected
         for name, value in expected_weights.items():
             np.testing.assert_array_equal(weights[name], value)
-        assert all(seconds[phase] > 0 for phase in PHASES)
+        assert all(seconds[phase] > 0 for phase in PHASES if phase != "data")  # which is made in another thread
         assert {phase for phase in PHASES if unmeasured[phase]} == {"other"}
 
 

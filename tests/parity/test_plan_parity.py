@@ -82,6 +82,7 @@ def measure(folder, stage, zero, dtype, checkpointing, settings, num_pairs) -> d
     inherited = {tensor.untyped_storage().data_ptr() for tensor in living()}
     engine, encoder = start(folder, stage, zero, dtype, checkpointing, settings)
     student, found = engine.student.train(), {}
+    student.behind_attention = []  # the plan counts the last layer whole
     batch = BatchMaker(encoder, student, share_prefix=False)(PAIRS[:num_pairs])
     for _ in range(4 if stage == 3 else 2):
         gc.collect()
