@@ -72,14 +72,14 @@ def attention_implementation(settings: StudentConfig) -> str:
         return "sdpa"
     if settings.attn_implementation not in TESTED_ATTENTION:
         raise UserError(
-            f"student.attn_implementation: {settings.attn_implementation} is not tested with shared "
-            f"prefixes: take one of auto, {', '.join(TESTED_ATTENTION)}"
+            f"student.attn_implementation: {settings.attn_implementation} is not "
+            f"supported: take one of auto, {', '.join(TESTED_ATTENTION)}"
         )
     return settings.attn_implementation
 
 
 def check_parts(model: nn.Module, name: str) -> None:
-    """Two-row logits and packed rows need a body that takes positions, and nothing behind it but the output matrix."""
+    """Two-row logits and shared rows need a body that takes positions, and nothing behind it but the output matrix."""
     known = {model.base_model, model.get_output_embeddings()}
     if set(model.children()) - known or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise UserError(

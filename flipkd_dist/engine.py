@@ -148,9 +148,11 @@ class DeepSpeedEngine:
             return
         self.engine.set_gradient_accumulation_boundary(True)  # which the step after the context is to find
         with self.engine.coalesce_grad_reduction():
-            self.coalescing = True
+            self.coalescing, self.sums = True, {}
             try:
                 yield
+                for name, total in self.sums.items():
+                    self.parameters[name].grad.copy_(total)
             except BaseException:
                 for parameter in self.parameters.values():  # nothing to reduce: the other ranks are elsewhere
                     parameter.grad = None
@@ -162,8 +164,17 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(last or self.coalescing)
         # The loss is divided by global counts already, never by the number of micro-steps.
         self.engine.backward(loss, scale_wrt_gas=False)
-        if not last and not self.coalescing:
+        if self.coalescing:
+            self._add_up()
+        elif not last:
             self.engine.step()
+
+    def _add_up(self) -> None:
+        """Gradients in bf16 would lose a little with every backward: their sums are kept in fp32."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+                self.sums[name] = self.sums.get(name, 0) + parameter.grad.float()
+                parameter.grad.zero_()
 
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.engine.optimizer, learning_rate)

@@ -13,8 +13,10 @@ def behind_attention(model: nn.Module, encoder_name: str) -> list[nn.Module]:
     Args:
         encoder_name: of the last layer's module whose LoRA-A is the read-out, which needs every token.
     """
-    layer = re.match(r".*\.\d+\.", encoder_name).group()
-    modules, found = dict(model.named_modules()), []
+    layers, number = re.match(r"(.*)\.(\d+)\.", encoder_name).groups()
+    if int(number) < len(model.get_submodule(layers)) - 1:
+        return []  # the read-out is of an earlier layer: those behind it read every position
+    layer, modules, found = f"{layers}.{number}.", dict(model.named_modules()), []
     for name in (f"{layer}self_attn.o_proj", f"{layer}mlp"):
         holders = [part for part in modules[name].modules() if part._parameters] if name in modules else []
         is_encoder = encoder_name == name or encoder_name.startswith(f"{name}.")

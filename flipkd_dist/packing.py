@@ -41,16 +41,14 @@ class PackedBatch:
         return {name: None if value is None else move(value) for name, value in found.items()}
 
 
-def pack(
-    prefix: list[int], pairs: list[EncodedPair], share: bool = True, padding_id: int = 0, blank: bool = False
-) -> PackedBatch:
+def pack(prefix: list[int], pairs: list[EncodedPair], share: bool = True, blank: bool = False) -> PackedBatch:
     """Lay the pairs out in one row that shares what they have in common, or (`share=False`) one pair a row.
 
     Args:
         blank: the pairs end in one, and cannot share: their context is read in both directions.
     """
     assert not (share and blank), "a bidirectional context cannot be shared"
-    return _shared(prefix, pairs) if share else _padded(prefix, pairs, padding_id, blank)
+    return _shared(prefix, pairs) if share else _padded(prefix, pairs, blank)
 
 
 def _counts(prefix: list[int], pairs: list[EncodedPair]) -> dict[str, int]:
@@ -123,10 +121,10 @@ def _by_length(paths: list[np.ndarray], num_tokens: int) -> tuple[tuple[Tensor, 
     return tuple(grouped), torch.from_numpy(places)
 
 
-def _padded(prefix: list[int], pairs: list[EncodedPair], padding_id: int, blank: bool) -> PackedBatch:
+def _padded(prefix: list[int], pairs: list[EncodedPair], blank: bool) -> PackedBatch:
     lengths = np.array([len(prefix) + len(pair.ids) for pair in pairs])
     rows, length = len(pairs), int(lengths.max())
-    ids = np.full((rows, length), padding_id, dtype=np.int64)
+    ids = np.zeros((rows, length), dtype=np.int64)  # no token sees padding
     segments = np.full((rows, length), 2 * rows, dtype=np.int64)
     for row, pair in enumerate(pairs):
         ids[row, : lengths[row]] = prefix + pair.ids

@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from flipkd_dist.errors import UserError
+
 SHARED = "flipkd_shared"  # its name among transformers' attention implementations
 
 
@@ -36,28 +38,26 @@ def shared_attention(
     Args:
         paths, places: of a `PackedBatch`.
     Raises:
-        RuntimeError: a model that loses the paths on their way here.
+        UserError: a model that loses the paths on their way here.
     """
     if not paths:
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
-            raise RuntimeError(f"{type(module).__name__} does not hand the paths of packed pairs on to its attention")
+            raise UserError(
+                f"student.attn_implementation: {type(module).__name__} does not hand the paths of packed pairs on to "
+                "its attention: set it to eager"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    flat = [states[0].transpose(0, 1).flatten(1) for states in (query, key, value)]  # [N, heads * D]
-    width = query.shape[-1]
+    rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # [N, heads, D], values of their own D
     found = []
     for path in paths:
         laid_out = (  # [p, heads, L, D]
-            states.index_select(0, path.flatten()).view(*path.shape, -1, width).transpose(1, 2) for states in flat
+            states.flatten(1).index_select(0, path.flatten()).view(*path.shape, *states.shape[1:]).transpose(1, 2)
+            for states in rows
         )
         output, _ = sdpa_attention_forward(module, *laid_out, None, **settings)
-        found.append(output.flatten(2).flatten(0, 1))  # [p * L, H * D]
-    return torch.cat(found).index_select(0, places).unflatten(1, (-1, width)).unsqueeze(0), None
+        found.append(output.flatten(0, 1))  # [p * L, H, D]
+    return torch.cat(found).index_select(0, places).unsqueeze(0), None
 
 
-def register() -> None:
-    """Make the name known to transformers; padded batches get the masks of sdpa."""
-    AttentionInterface.register(SHARED, shared_attention)
-    AttentionMaskInterface.register(SHARED, sdpa_mask)
-
-
-register()
+AttentionInterface.register(SHARED, shared_attention)
+AttentionMaskInterface.register(SHARED, sdpa_mask)  # for padded batches

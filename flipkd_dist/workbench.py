@@ -77,4 +77,7 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         engine = PlainEngine(student.to(world.device), make_optimizer, config.train.max_grad_norm)
     else:
         engine = DeepSpeedEngine(student, make_optimizer, ds_config)
-    return Workbench(inputs, world, engine, BatchMaker(inputs.encoder, student, inputs.share_prefix), dtype, load)
+    make_batch = BatchMaker(inputs.encoder, student, inputs.share_prefix)
+    layout = "what pairs share is computed once" if make_batch.share_prefix else "one pair a row, padded"
+    logger.info("attention: %s, %s", "eager" if config.student.attn_implementation == "eager" else "sdpa", layout)
+    return Workbench(inputs, world, engine, make_batch, dtype, load)

@@ -15,6 +15,7 @@ import numpy as np
 from measure import Spec, StepClock, trainable
 from prepare import run_config
 
+import flipkd_dist.student as student
 import flipkd_dist.train as training
 import flipkd_dist.workbench as workbench
 from flipkd_dist.batches import BatchMaker
@@ -28,8 +29,20 @@ def one_pair_a_row() -> None:
     workbench.BatchMaker = lambda encoder, student, _share_prefix: BatchMaker(encoder, student, share_prefix=False)
 
 
+def whole_last_layer() -> None:
+    student.behind_attention = lambda *_: []
+
+
+def data_in_line() -> None:
+    training.ahead = map
+
+
 # A line here, with its name in a variant of `variants.py`, adds an ablation: what it calls runs before training.
-SWITCHES = {"one_pair_a_row": one_pair_a_row}
+SWITCHES = {
+    "one_pair_a_row": one_pair_a_row,  # prefix and first texts for every pair, padding
+    "whole_last_layer": whole_last_layer,  # its end for every token, not for answers alone
+    "data_in_line": data_in_line,  # tokens, rows and teacher's signals made when they are needed
+}
 
 
 class InFileOrder(Order):
@@ -67,9 +80,10 @@ def run_settings(spec: Spec) -> RunConfig:
     return validate(values, "ours.py")
 
 
-def watch(build, clock: StepClock):
+def watch(build, clock: StepClock, benches: list):
     def built(config: RunConfig):
         bench = build(config)
+        benches.append(bench)
         clock.count_computed(bench.engine.student.model.get_input_embeddings())
         clock.notes["trainable"] = trainable(bench.engine.student)
         return bench
@@ -90,14 +104,17 @@ def main() -> None:
     shutil.copytree(Path(spec.prepared) / "runs" / config.name / "teacher", folder.teacher)
     for switch in spec.options.get("switches", []):
         SWITCHES[switch]()
-    training.build = watch(training.build, clock)
+    benches = []
+    training.build = watch(training.build, clock, benches)
     training.MetricLog = partial(ClockedLog, clock=clock)
     order = InFileOrder(spec.num_steps * spec.batch_size, spec.batch_size, 1, spec.seed)
     training.training_order = lambda *_: (order, spec.num_steps)
     training.train(config)
     records = [json.loads(line) for line in folder.metric_log.read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "step_seconds" in record]
-    clock.real = [round(record["tokens_per_second"] * record["step_seconds"]) for record in steps]
+    encoder = benches[0].inputs.encoder  # tokens as a pair a row has them, for the table
+    lengths = [len(encoder.prefix) + len(encoder.encode(pair["text_a"], pair["text_b"]).ids) for pair in spec.pairs()]
+    clock.real = [sum(lengths[at : at + spec.batch_size]) for at in range(0, len(lengths), spec.batch_size)]
     timed = steps[spec.warmup :]
     phases = {
         key.removeprefix("seconds_"): sum(record[key] for record in timed) / len(timed)

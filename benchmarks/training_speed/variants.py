@@ -25,6 +25,8 @@ VARIANTS = {
     "hf_trainer:zero2": Variant("hf_trainer.py", options={"zero_stage": 2}),
     # Ours with one thing switched off, or under DeepSpeed: overrides are settings, switches stand in ours.py.
     "ours:one_pair_a_row": Variant("ours.py", options={"switches": ["one_pair_a_row"]}),
+    "ours:whole_last_layer": Variant("ours.py", options={"switches": ["whole_last_layer"]}),
+    "ours:data_in_line": Variant("ours.py", options={"switches": ["data_in_line"]}),
     "ours:no_teacher": Variant("ours.py", options={"overrides": ["loss.dist_weight=0.0", "loss.mcl_weight=0.0"]}),
     "ours:zero2": Variant("ours.py", options={"overrides": ['distributed.deepspeed="ds_configs/zero2.json"']}),
     "ours:zero3": Variant("ours.py", options={"overrides": ['distributed.deepspeed="ds_configs/zero3.json"']}),

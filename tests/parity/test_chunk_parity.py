@@ -257,3 +257,30 @@ def test_gradients_with_dropout(folder, monkeypatch, symmetric):
     (sums * torch.tensor([1.0, 0.7, 0.9]) / counts).sum().backward()
     expected = {name: value.numpy() for name, value in engine.gradients().items()}
     assert difference(found, expected) < TOLERANCE
+
+
+def bf16_gradient(folder, stage: int, chunk: int | None) -> dict[str, np.ndarray]:
+    """Of one contrast batch of 64 pairs; stage 0 is fp32 with the weights that bf16 has."""
+    engine, encoder = start_engine(folder, stage, bf16=stage > 0)
+    if not stage:
+        for value in [*engine.student.parameters(), *engine.student.buffers()]:
+            if value.is_floating_point() and value.dim() > 1:
+                value.data = value.data.bfloat16().float()
+    pairs = pair_table(64)
+    step = TrainingStep(
+        engine, World.current(), of_vectors(pairs), BatchMaker(encoder, engine.student, True), LOSS, chunk
+    )
+    micro_steps = step.prepare([np.arange(64)])
+    step.backward(micro_steps, step.counts(micro_steps))
+    return {name: value.numpy() for name, value in engine.gradients().items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_many_chunks_lose_nothing_in_bf16(tmp_path, stage):
+    folder = save_student(tmp_path, "llama")
+    [exact] = run_gang(1, bf16_gradient, folder, 0, None)
+    [whole], [chunked] = (run_gang(1, bf16_gradient, folder, stage, chunk) for chunk in (None, 1))
+    error, chunked_error = (
+        np.sqrt(sum(np.square(one[name] - exact[name]).sum() for name in exact)) for one in (whole, chunked)
+    )
+    assert chunked_error < 1.1 * error and error > 0

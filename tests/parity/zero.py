@@ -14,7 +14,14 @@ SGD = partial(torch.optim.SGD, lr=0.0)
 
 
 def start_engine(
-    folder: Path, stage: int, optimizer=SGD, accumulation: int = 1, clip: float = 0.0, policy=None, **settings
+    folder: Path,
+    stage: int,
+    optimizer=SGD,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    policy=None,
+    bf16=False,
+    **settings,
 ) -> tuple[Engine, PairEncoder]:
     """The student in `folder` behind ZeRO's `stage`, or for stage 0 whole in this process.
 
@@ -29,6 +36,7 @@ def start_engine(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
+        "bf16": {"enabled": bf16},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         # A threshold above 0 would leave so small a model whole on every rank.

@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny import CAUSAL, save_student, sentences, started_student
 from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from flipkd_dist.base import shares_prefix
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.errors import UserError
 from flipkd_dist.packing import pack
 from flipkd_dist.prompt import EncodedPair
-from flipkd_dist.shared_attention import shared_attention
+from flipkd_dist.shared_attention import SHARED, row_of_paths, shared_attention
 
 TEXTS = sentences(19, seed=4)
 LONG = " ".join(TEXTS[:7])
@@ -113,9 +115,41 @@ def test_a_readout_behind_the_attention_sees_every_token(tmp_path, encoder):
     assert seen == [batch.num_tokens]
 
 
+def test_layers_behind_the_read_out_see_every_token(tmp_path):
+    folder = save_student(tmp_path)
+    student, prompt = started_student(folder, lora_target_modules=["0.self_attn.q_proj"], encoder_module="q_proj")
+    pairs = [prompt.encode(a, b) for a, b in PAIRS]
+    found = student(**pack(prompt.prefix, pairs).tensors("cpu"))
+    assert student.behind_attention == []
+    whole, prompt = started_student(folder)
+    assert len(whole.behind_attention) == 2 and ".0." in student.encoder_name and ".1." in whole.encoder_name
+    expected = student(**pack(prompt.prefix, pairs, share=False).tensors("cpu"))
+    assert torch.allclose(found[0], expected[0], atol=1e-4)
+
+
+def test_values_narrower_than_queries(tmp_path):
+    """Multi-head latent attention (DeepSeek-V3): its values have a width of their own."""
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    latent = dict(q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**shape, **latent, num_key_value_heads=4, first_k_dense_replace=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    pairs = [EncodedPair(list(range(5 + k, 12 + 2 * k)), slice(0, 2), slice(3, 5)) for k in range(3)]
+    outputs = []
+    for share in (False, True):
+        batch = pack([1, 2, 3], pairs, share)
+        mask, extra = batch.attention_mask, {}
+        if share:
+            model.set_attn_implementation(SHARED)
+            mask, extra = row_of_paths("cpu"), {"paths": batch.paths, "places": batch.places}
+        hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, **extra)
+        outputs.append(hidden.last_hidden_state.flatten(0, 1)[batch.answer_positions])
+    assert torch.allclose(*outputs, atol=1e-5) and outputs[0].std() > 1e-3
+
+
 def test_paths_that_got_lost_are_told():
     states, marker = torch.randn(1, 2, 5, 4), torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match=r"^Identity does not hand the paths"):
+    with pytest.raises(UserError, match=r"^student\.attn_implementation: Identity does not hand the paths.*eager$"):
         shared_attention(nn.Identity(), states, states, states, marker)
 
 

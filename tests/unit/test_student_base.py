@@ -89,7 +89,7 @@ def test_bodies_whose_logits_or_positions_would_be_wrong(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "sdpaa"])
 def test_attention_that_is_not_tested(tmp_path, name):
-    with pytest.raises(UserError, match=rf"^student\.attn_implementation: {name} is not tested.*auto, sdpa, ea"):
+    with pytest.raises(UserError, match=rf"^student\.attn_implementation: {name} is not supported.*auto, sdpa, ea"):
         started_student(save_student(tmp_path), attn_implementation=name)
 
 
