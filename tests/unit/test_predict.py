@@ -39,7 +39,7 @@ LIMITS = [BatchLimits(), BatchLimits(1), BatchLimits(400), BatchLimits(10_000, 3
 def test_scores_are_those_of_single_pairs_in_their_order(saved):
     adapter, expected = saved
     assert expected[:, 0].std() > 1e-2 and expected[:, 1].std() > 1e-3
-    for merge in (None, False):
+    for merge in (True, False):
         matcher = Matcher(adapter, merge=merge)
         assert matcher.make_batch.share_prefix == ("glm_original" not in str(adapter))
         for limits in LIMITS:
@@ -60,9 +60,9 @@ def test_batches_follow_the_limits(matcher, monkeypatch):
     class Noting:
         encoder, share_prefix = make_batch.encoder, True
 
-        def __call__(self, texts):
-            made.append(len(texts))
-            return make_batch(texts)
+        def of_encoded(self, pairs):
+            made.append(len(pairs))
+            return make_batch.of_encoded(pairs)
 
     monkeypatch.setattr(matcher, "make_batch", Noting())
     matcher.predict(TEXTS, 7)

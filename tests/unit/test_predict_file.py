@@ -7,7 +7,7 @@ import tracemalloc
 
 import pyarrow.parquet as pq
 import pytest
-from matchers import MadeUpMatcher, made_up_score
+from matchers import MadeUpEncoder, MadeUpMatcher, made_up_score
 
 from flipkd_dist import cli, predict_file
 from flipkd_dist.errors import UserError
@@ -18,6 +18,7 @@ from flipkd_dist.token_batches import WINDOW_PAIRS, BatchLimits
 def matchers(monkeypatch, tmp_path):
     """The matchers that were made; an adapter folder `adapter` is there."""
     made = []
+    monkeypatch.setattr(predict_file, "saved_encoder", lambda *_: MadeUpEncoder())
     monkeypatch.setattr(predict_file, "Matcher", lambda *given: made.append(MadeUpMatcher(*given)) or made[-1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").mkdir()

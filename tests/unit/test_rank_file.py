@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from matchers import MadeUpMatcher, made_up_score, saved_adapter, single_scores
+from matchers import MadeUpEncoder, MadeUpMatcher, made_up_score, saved_adapter, single_scores
 from test_predict_file import write_jsonl
 from tiny import sentences
 
@@ -26,6 +26,7 @@ LISTS = [
 @pytest.fixture
 def matchers(monkeypatch, tmp_path):
     made = []
+    monkeypatch.setattr(rank_file, "saved_encoder", lambda *_: MadeUpEncoder())
     monkeypatch.setattr(rank_file, "Matcher", lambda *given: made.append(MadeUpMatcher(*given)) or made[-1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").mkdir()
@@ -166,8 +167,8 @@ BAD_FILES = {
     "no input": (("none.jsonl", "out.jsonl"), "none.jsonl: no such file", "check the path"),
     "no queries": (("empty.jsonl", "out.jsonl"), "--input empty.jsonl: no queries in it", "name a file"),
     "onto itself": (("in.jsonl", "./in.jsonl"), "--output in.jsonl: this is the input", "another"),
-    "nameless": (("nameless.jsonl", "out.trec"), "--output out.trec: query 1 has no id", "add the column id"),
-    "spaces": (("spaces.jsonl", "out.trec"), "--output out.trec: query 1: 'a b' has a space", "write JSONL"),
+    "nameless": (("nameless.jsonl", "out.trec"), "--output out.trec: nameless.jsonl:1: no id", "add the column id"),
+    "spaces": (("spaces.jsonl", "out.trec"), "--output out.trec: spaces.jsonl:1: 'a b' has a space", "write JSONL"),
     "alone": (("in.jsonl", "out.jsonl", "--queries", "q.jsonl"), "--queries: a run needs the texts", "give --corpus"),
     "other": (("in.jsonl", "out.jsonl", "--corpus", "q.jsonl"), "--corpus: a run needs the texts", "give --queries"),
     "no folder": (("in.jsonl", "no/out.trec"), "no/out.trec: there is no folder no", "create it"),
