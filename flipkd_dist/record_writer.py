@@ -123,8 +123,7 @@ def _told_by_arrow() -> Iterator[None]:
     except (pa.ArrowException, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"Parquet cannot hold these records, such as a column with values of several types ({reason}): write JSONL "
-            "instead"
+            f"Parquet cannot hold a column of these records ({reason}): give its values one type or write JSONL"
         ) from None
 
 
