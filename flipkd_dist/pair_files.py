@@ -85,14 +85,9 @@ def stream_places(path: str | Path, fields: Callable[..., T], *columns: str) -> 
             raise UserError(f"{where}: {error}") from None
 
 
-def stream_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> Iterator[T]:
-    """`stream_places` without the places."""
-    return (value for _, value in stream_places(path, fields, *columns))
-
-
 def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
     """What `fields` makes of each record of a file; an error gets its place."""
-    return list(stream_fields(path, fields, *columns))
+    return [value for _, value in stream_places(path, fields, *columns)]
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class PairTable:
         hit, at = _spread(np.searchsorted(columns, wanted), np.searchsorted(columns, wanted, "right"))
         found = np.zeros((len(unique), len(columns)), bool)
         found[row[hit], order[at]] = True
-        for hub in np.flatnonzero(is_hub) if len(columns) else ():
+        for hub in np.flatnonzero(is_hub):
             own = partners[start[hub] : stop[hub]]
             nearest = own[np.minimum(np.searchsorted(own, columns), len(own) - 1)]
             found[hub, order] = nearest == columns
