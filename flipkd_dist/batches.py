@@ -1,7 +1,7 @@
 """Texts of pairs to the packed batch of one forward."""
 
 from flipkd_dist.packing import PackedBatch, pack
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import EncodedPair, PairEncoder
 from flipkd_dist.student import Student
 
 
@@ -16,5 +16,8 @@ class BatchMaker:
         self.encoder, self.share_prefix = encoder, share_prefix and student.shares_prefix
 
     def __call__(self, texts: list[tuple[str, str]]) -> PackedBatch:
-        pairs = [self.encoder.encode(a, b) for a, b in texts or [("a", "a")]]
+        return self.of_encoded([self.encoder.encode(a, b) for a, b in texts or [("a", "a")]])
+
+    def of_encoded(self, pairs: list[EncodedPair]) -> PackedBatch:
+        """The batch of pairs, at least one, that the encoder has turned into tokens already."""
         return pack(self.encoder.prefix, pairs, self.share_prefix, blank=self.encoder.blank)

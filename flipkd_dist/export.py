@@ -49,7 +49,7 @@ def export(
     """
     check_folder(output)
     shard_size = size_in_bytes(max_shard_size)
-    texts = [pair for _, pair in read_texts(probes, text_a, text_b)] if probes else None
+    texts = [one.texts for one in read_texts(probes, text_a, text_b)] if probes else None
     if texts == []:
         raise UserError(f"--probes {probes}: no pairs in it: name a file that has some")
     with local_adapter(model, tracking_uri) as adapter:

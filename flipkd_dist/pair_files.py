@@ -18,6 +18,7 @@ from flipkd_dist.record_writer import DELIMITERS, Columns, write_file
 
 T = TypeVar("T")
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+PARQUET_ROWS = 64  # that are Python objects at a time; pyarrow would take 65,536, however long their lists and texts
 MAX_FIELD = 2**26  # characters of a field, so that a quote which is never closed does not fill the memory
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+):([\w\[\]:%+]+)")  # org/name:split
 
@@ -73,19 +74,20 @@ def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[int, 
     return _json_records(path) if format == "jsonl" else _delimited_records(path, DELIMITERS[format])
 
 
-def stream_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> Iterator[T]:
-    """What `fields` makes of each record of a file, one after the other; an error gets its place."""
+def stream_places(path: str | Path, fields: Callable[..., T], *columns: str) -> Iterator[tuple[str, T]]:
+    """The place of each record of a file, and what `fields` makes of it; an error gets the place."""
     format = file_format(path)
     for number, record in read_records(path, format):
+        where = place(path, number, format)
         try:
-            yield fields(record, *columns)
+            yield where, fields(record, *columns)
         except UserError as error:
-            raise UserError(f"{place(path, number, format)}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
 
 def read_fields(path: str | Path, fields: Callable[..., T], *columns: str) -> list[T]:
     """What `fields` makes of each record of a file; an error gets its place."""
-    return list(stream_fields(path, fields, *columns))
+    return [value for _, value in stream_places(path, fields, *columns)]
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def _parquet_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             with pq.ParquetFile(path) as file:
                 _distinct_names(file.schema_arrow.names, path)
-                for batch in file.iter_batches():
+                for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                     yield from enumerate(batch.to_pylist(), done + 1)
                     done += len(batch)
         except UnicodeDecodeError:

@@ -56,26 +56,33 @@ class PairTable:
     def _are_positive(self, text_a: np.ndarray, text_b: np.ndarray) -> np.ndarray:
         """Where a row's text [m] and a column's text [n] are a positive of the table, in either order: bool [m, n].
 
-        A text has few positives: they are looked up among the columns, not every entry among the positives.
+        Most texts have few positives: they are looked up among the columns, not every entry among the positives. A text
+        with more positives than there are columns has the columns looked up among them.
         """
         unique, row_of = np.unique(text_a, return_inverse=True)
         order = np.argsort(text_b)
         columns = text_b[order]
         texts, partners = self._positives
-        row, place = _spread(np.searchsorted(texts, unique), np.searchsorted(texts, unique, "right"))
+        start, stop = np.searchsorted(texts, unique), np.searchsorted(texts, unique, "right")
+        is_hub = stop - start > len(columns)
+        row, place = _spread(start, np.where(is_hub, start, stop))
         wanted = partners[place]
         hit, at = _spread(np.searchsorted(columns, wanted), np.searchsorted(columns, wanted, "right"))
         found = np.zeros((len(unique), len(columns)), bool)
         found[row[hit], order[at]] = True
+        for hub in np.flatnonzero(is_hub):
+            own = partners[start[hub] : stop[hub]]
+            nearest = own[np.minimum(np.searchsorted(own, columns), len(own) - 1)]
+            found[hub, order] = nearest == columns
         return found[row_of]
 
     @cached_property
     def _positives(self) -> np.ndarray:
-        """Both texts of every positive, in either order, sorted by the first: int64 [2, 2 positives]."""
+        """Both texts of every positive, in either order, sorted by both: int64 [2, 2 positives]."""
         positive = self.label == 1
         one, other = self.text_a[positive], self.text_b[positive]
         both = np.stack([np.concatenate([one, other]), np.concatenate([other, one])])
-        return both[:, np.argsort(both[0])]
+        return both[:, np.lexsort(both[::-1])]
 
 
 def _spread(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

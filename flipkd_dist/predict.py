@@ -75,20 +75,18 @@ def merge_lora(student: Student) -> None:
 class Matcher:
     """A base with its adapter; `threshold` is the decision threshold of p(match) from validation."""
 
-    def __init__(
-        self, folder: Path, base_model: str | None = None, device: str | None = None, merge: bool | None = None
-    ):
+    def __init__(self, folder: Path, base_model: str | None = None, device: str | None = None, merge: bool = True):
         """
         Args:
             folder: an adapter folder.
             base_model: where the base is, if not where it was in training.
-            merge: add the adapter to the base's weights in memory (`merge_lora`); None: where they are dense and fp32.
+            merge: add the adapter to the base's weights in memory (`merge_lora`), where they are dense and fp32: there
+                alone it is exact.
         Raises:
             UserError: no adapter there, or a base that is not the one it was trained on.
             RuntimeError: the adapter does not answer its probe pair as it did when it was saved.
         """
-        card = AdapterCard.read(folder)
-        base = find_base(card, folder, base_model)
+        card, base, encoder = _saved_reading(folder, base_model)
         lora = read_json(folder / "adapter_config.json")
         if lora is None or not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder}: adapter_config.json or {WEIGHTS} is missing: name a complete adapter folder")
@@ -106,11 +104,9 @@ class Matcher:
             bnb_4bit_quant_type=card.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
         )
-        blank = fills_blank(check_base(base, settings))
-        encoder = PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype, placement=Whole(device))
         load_weights(student, folder / WEIGHTS)
-        if merge or (merge is None and dtype == torch.float32 and not card.load_in_4bit):
+        if merge and dtype == torch.float32 and not card.load_in_4bit:
             merge_lora(student)
         self.threshold, self.student = card.threshold, student.to(device).eval()
         self.make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, card.max_length))
@@ -152,7 +148,7 @@ class Matcher:
         Args:
             done: told how many pairs are done, and how many of them were cut to the maximum length.
         """
-        parts = [self._window(window, limits, done) for window in windows(texts, lambda pair: pair, lambda _: 1)]
+        parts = [self._window(window, limits, done) for window in windows(texts, _characters, lambda _: 1)]
         return np.concatenate([np.zeros((0, 2)), *parts])
 
     @torch.inference_mode()
@@ -166,13 +162,35 @@ class Matcher:
         encoder = self.make_batch.encoder
         encoded = encoder.encode_pairs(pairs)
         for batch in token_batches(encoded, len(encoder.prefix), limits, self.make_batch.share_prefix):
-            packed = self.make_batch([pairs[number] for number in batch])
+            packed = self.make_batch.of_encoded([encoded[number] for number in batch])
             scores = batch_scores(*self.student(**packed.tensors(self.world.device)))
             for number, score in zip(batch, scores, strict=True):
                 found[rows[pairs[number]]] = score
             copies = [len(rows[pairs[number]]) for number in batch]
             done(sum(copies), sum(n for n, number in zip(copies, batch, strict=True) if encoded[number].truncated))
         return found
+
+
+def _characters(pair: tuple[str, str]) -> int:
+    return len(pair[0]) + len(pair[1])
+
+
+def saved_encoder(folder: Path, base_model: str | None = None) -> PairEncoder:
+    """What turns pairs into the tokens of the student whose adapter is in `folder`; no weights are loaded.
+
+    Args:
+        base_model: where the base is, if not where it was in training.
+    Raises:
+        UserError: no adapter there, or a base that is not the one it was trained on.
+    """
+    return _saved_reading(folder, base_model)[2]
+
+
+def _saved_reading(folder: Path, base_model: str | None) -> tuple[AdapterCard, Path, PairEncoder]:
+    card = AdapterCard.read(folder)
+    base = find_base(card, folder, base_model)
+    blank = fills_blank(check_base(base, StudentConfig(model_name_or_path=str(base))))
+    return card, base, PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
 
 
 def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:

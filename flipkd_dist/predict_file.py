@@ -3,29 +3,73 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_fields import Record, text_of
-from flipkd_dist.pair_files import check_output, known_extension, stream_fields, write_records
-from flipkd_dist.predict import Matcher, adapter_folder, progress
-from flipkd_dist.record_writer import stream_columns
+from flipkd_dist.pair_files import check_output, known_extension, stream_places, write_records
+from flipkd_dist.predict import Matcher, adapter_folder, progress, saved_encoder
+from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.record_writer import num_characters, stream_columns
 from flipkd_dist.registry import download_adapter
 from flipkd_dist.token_batches import BatchLimits, windows
 
 ANSWER = {"p_match": 0.0, "similarity": 0.0, "match": 0}  # what is added to a record, by type
 LIMITS = BatchLimits()
+T = TypeVar("T", bound="HasTexts")
 
 
-def read_texts(source: Path, text_a: str, text_b: str) -> Iterator[tuple[Record, tuple[str, str]]]:
+@dataclass(frozen=True)
+class InputPair:
+    """A record of the input and what is scored of it."""
+
+    record: Record
+    texts: tuple[str, str]
+    where: str  # its file and line
+
+    @property
+    def num_characters(self) -> int:
+        return num_characters(self.record)  # the texts are among them
+
+
+def read_texts(source: Path, text_a: str, text_b: str) -> Iterator[InputPair]:
     """Each record of a file with its two texts, one after the other."""
 
     def texts(record: Record) -> tuple[Record, tuple[str, str]]:
         return record, (text_of(record, text_a, "--text-a"), text_of(record, text_b, "--text-b"))
 
-    return stream_fields(source, texts)
+    return (InputPair(*found, where) for where, found in stream_places(source, texts))
+
+
+class HasTexts(Protocol):
+    """A record with texts that will be scored."""
+
+    where: str
+    num_characters: int
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+
+def check_tokens(records: Iterable[T], encoder: PairEncoder) -> Iterator[T]:
+    """The same records, once all of their texts are known to have tokens; window by window, which is fast.
+
+    Raises:
+        UserError: a text that has none, with the place of its record.
+    """
+    for window in windows(records, lambda one: one.num_characters, lambda one: len(one.texts)):
+        if encoder.first_without_tokens(text for one in window for text in one.texts) is not None:
+            for one in window:
+                text = encoder.first_without_tokens(one.texts)
+                if text is not None:
+                    raise UserError(
+                        f"{one.where}: the student's tokenizer turns {text[:40]!r} into no tokens: correct or remove it"
+                    )
+        yield from window
 
 
 def check_not_input(output: Path, *inputs: Path | None) -> None:
@@ -46,19 +90,23 @@ def predict_file(
 ) -> int:
     """Write every record of `source` with `p_match`, `similarity` and `match`; the number of pairs.
 
-    The file is read twice: first every record is checked, so that a mistake in the last one is told before the model is
-    loaded. What is held of it is one window.
+    The file is read twice: first every record is checked, its tokens too, so that a mistake in the last one is told
+    before the base is loaded. What is held of it is one window.
 
     Raises:
         UserError: an unreadable input, an output that cannot be written, or no such model.
     """
     check_output(output)
     check_not_input(output, source)
-    checked = ({**record, **ANSWER} for record, _ in read_texts(source, text_a, text_b))
-    num_pairs, columns = stream_columns(checked, known_extension(output))
-    if not num_pairs:
-        raise UserError(f"--input {source}: no pairs in it: name a file that has some")
     with local_adapter(model, tracking_uri) as adapter:
+        encoder = saved_encoder(adapter, base_model)
+
+        def checked() -> Iterator[Record]:
+            return ({**one.record, **ANSWER} for one in check_tokens(read_texts(source, text_a, text_b), encoder))
+
+        num_pairs, columns = stream_columns(checked, known_extension(output))
+        if not num_pairs:
+            raise UserError(f"--input {source}: no pairs in it: name a file that has some")
         matcher = Matcher(adapter, base_model)
     with progress(num_pairs, "predict") as done:
         answers = answered(matcher, read_texts(source, text_a, text_b), limits, done)
@@ -67,17 +115,14 @@ def predict_file(
 
 
 def answered(
-    matcher: Matcher,
-    pairs: Iterable[tuple[Record, tuple[str, str]]],
-    limits: BatchLimits,
-    done: Callable[[int, int], None],
+    matcher: Matcher, pairs: Iterable[InputPair], limits: BatchLimits, done: Callable[[int, int], None]
 ) -> Iterator[Record]:
     """The records with what the matcher says of their texts, in their order."""
-    for window in windows(pairs, lambda pair: pair[1], lambda _: 1):
-        scores = matcher.scores([texts for _, texts in window], limits, done)
-        for (record, _), (p_match, similarity) in zip(window, scores.tolist(), strict=True):
+    for window in windows(pairs, lambda one: one.num_characters, lambda _: 1):
+        scores = matcher.scores([one.texts for one in window], limits, done)
+        for one, (p_match, similarity) in zip(window, scores.tolist(), strict=True):
             match = int(p_match >= matcher.threshold)
-            yield {**record, "p_match": p_match, "similarity": similarity, "match": match}
+            yield {**one.record, "p_match": p_match, "similarity": similarity, "match": match}
 
 
 @contextmanager

@@ -115,6 +115,12 @@ class PairEncoder:
         found = self._known.get(text)
         return _tokens(self.tokenizer, text) if found is None else found
 
+    def first_without_tokens(self, texts: Iterable[str]) -> str | None:
+        """The first of these texts that `encode` would refuse; all of them are remembered."""
+        texts = list(texts)
+        self.remember(texts)
+        return next((text for text in texts if not self._ids(text)), None)
+
     def encode(self, text_a: str, text_b: str) -> EncodedPair:
         """Cut from the longer text first; at least one token of each stays, and all of the prompt."""
         a, b = self._ids(text_a), self._ids(text_b)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from flipkd_dist.durable import whole_file
 from flipkd_dist.errors import UserError
+from flipkd_dist.key_table import KeyTable
 from flipkd_dist.pair_fields import Record, shown
 from flipkd_dist.pair_files import check_output, known_extension, write_records
-from flipkd_dist.predict import Matcher, Ranked, progress, ranked
-from flipkd_dist.predict_file import LIMITS, check_not_input, local_adapter
+from flipkd_dist.predict import Matcher, Ranked, progress, ranked, saved_encoder
+from flipkd_dist.predict_file import LIMITS, check_not_input, check_tokens, local_adapter
 from flipkd_dist.rank_records import CandidateList, read_lists, run_reader
 from flipkd_dist.record_writer import stream_columns
 from flipkd_dist.token_batches import BatchLimits, windows
@@ -65,25 +66,26 @@ def rank_file(
     is_trec = output.suffix == TREC
     check_output(output, (TREC,))
     check_not_input(output, source, queries, corpus)
-    with list_source(source, queries, corpus, text_a, candidates) as read:
-        format = "trec" if is_trec else known_extension(output)
-        if format in ("csv", "tsv"):
-            raise UserError(f"--output {output}: {format.upper()} holds no rankings: use .jsonl, .parquet or {TREC}")
+    format = "trec" if is_trec else known_extension(output)
+    if format in ("csv", "tsv"):
+        raise UserError(f"--output {output}: {format.upper()} holds no rankings: use .jsonl, .parquet or {TREC}")
+    lists = list_source(source, queries, corpus, text_a, candidates)
+    with local_adapter(model, tracking_uri) as adapter, lists as read:
         num_pairs = 0
+        encoder = saved_encoder(adapter, base_model)
 
         def checked() -> Iterator[Record]:
             nonlocal num_pairs
-            for number, one in enumerate(read(), 1):
-                if is_trec:
-                    _check_names(one, f"--output {output}: query {number}")
-                num_pairs += len(one.texts)
+            num_pairs = 0
+            whole = check_tokens(read(), encoder)
+            for one in check_names(whole, output) if is_trec else whole:
+                num_pairs += len(one.candidates)
                 yield {**one.record, **EXAMPLE}
 
-        num_queries, columns = stream_columns(checked(), format)
+        num_queries, columns = stream_columns(checked, format)
         if not num_queries:
             raise UserError(f"--input {source}: no queries in it: name a file that has some")
-        with local_adapter(model, tracking_uri) as adapter:
-            matcher = Matcher(adapter, base_model)
+        matcher = Matcher(adapter, base_model)
         with progress(num_pairs, "rank") as done:
             rankings = rank_lists(matcher, read(), top_k, limits, done)
             if is_trec:
@@ -101,11 +103,11 @@ def rank_lists(
     done: Callable[[int, int], None],
 ) -> Rankings:
     """Each list with its ranking, in the order of the lists; short lists of a window are computed together."""
-    for window in windows(lists, lambda one: (one.query, *one.texts), lambda one: len(one.texts)):
-        scores = matcher.scores([(one.query, text) for one in window for text in one.texts], limits, done)
+    for window in windows(lists, lambda one: one.num_characters, lambda one: len(one.candidates)):
+        scores = matcher.scores([(one.query, text) for one in window for text in one.candidates], limits, done)
         start = 0
         for one in window:
-            own = scores[start : start + len(one.texts)]
+            own = scores[start : start + len(one.candidates)]
             start += len(own)
             yield one, ranked(own[:, 0], own[:, 1], top_k)
 
@@ -121,13 +123,43 @@ def _with_ranking(ranking: tuple[CandidateList, list[Ranked]]) -> Record:
     return {**one.record, "ranking": entries}
 
 
-def _check_names(one: CandidateList, where: str) -> None:
-    """A TREC run has spaces between its fields, and a name for each query; candidates may go by their place."""
-    if not one.query_id:
-        raise UserError(f"{where} has no id, and a TREC run names queries: add the column id or write JSONL")
-    for name in (one.query_id, *one.ids):
-        if len(name.split()) > 1:
-            raise UserError(f"{where}: {shown(name)} has a space in it, which a TREC run cannot hold: write JSONL")
+def check_names(lists: Iterator[CandidateList], output: Path) -> Iterator[CandidateList]:
+    """The same lists, each known to fit into a TREC run: names without spaces, and every line for one pair alone.
+
+    Raises:
+        UserError: one that does not fit, with its place.
+    """
+    with KeyTable() as seen:
+        for one in lists:
+            where = f"--output {output}: {one.where}"
+            if not one.query_id:
+                raise UserError(f"{where}: no id, and a TREC run names queries: add the column id or write JSONL")
+            names: dict[str, int] = {}
+            for index in range(len(one.candidates)):
+                name = _name(one, index)
+                if name in names:
+                    raise UserError(
+                        f"{where}: candidates {names[name]} and {index} would both be called {shown(name)} in a TREC "
+                        "run: make ids unique, give one to every candidate, or write JSONL"
+                    )
+                names[name] = index
+            for name in (one.query_id, *names):
+                if len(name.split()) > 1:
+                    raise UserError(
+                        f"{where}: {shown(name)} has a space in it, which a TREC run cannot hold: write JSONL"
+                    )
+            before = seen.setdefault(one.query_id, one.where)
+            if before != one.where:
+                raise UserError(
+                    f"{where}: id {shown(one.query_id)} stands at {before} too, and a TREC run would mix the two: make "
+                    "ids unique or write JSONL"
+                )
+            yield one
+
+
+def _name(one: CandidateList, index: int) -> str:
+    """A candidate's name in a TREC run: its id, or its place in the list."""
+    return one.ids[index] or str(index)
 
 
 def write_trec(output: Path, rankings: Rankings) -> None:
@@ -135,5 +167,5 @@ def write_trec(output: Path, rankings: Rankings) -> None:
     with whole_file(output) as file:
         for one, best in rankings:
             for rank, entry in enumerate(best, 1):
-                name = one.ids[entry.index] or entry.index
+                name = _name(one, entry.index)
                 file.write(f"{one.query_id} Q0 {name} {rank} {entry.p_match!r} {TAG}\n".encode())

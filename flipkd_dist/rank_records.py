@@ -11,7 +11,8 @@ from flipkd_dist.beir_folder import Lines, find_text, queries_and_corpus
 from flipkd_dist.errors import UserError
 from flipkd_dist.key_table import KeyTable
 from flipkd_dist.pair_fields import Record, name_of, require_column, shown, text_of
-from flipkd_dist.pair_files import file_format, readable, stream_fields
+from flipkd_dist.pair_files import file_format, readable, stream_places
+from flipkd_dist.record_writer import num_characters
 from flipkd_dist.temporary_database import digest
 
 RUN_FIELDS = 6  # query, Q0, document, rank, score, tag
@@ -24,8 +25,18 @@ class CandidateList:
     record: Record  # that the ranking is added to
     query: str
     query_id: str  # "" where there is none
-    texts: list[str]
+    candidates: list[str]
     ids: list[str]  # of the candidates, "" where one has none
+    where: str  # file and line that it begins at
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.query, *self.candidates]
+
+    @property
+    def num_characters(self) -> int:
+        """Of all that is held: the record has the texts in it, or they come from a corpus."""
+        return max(num_characters(self.record), sum(map(len, self.texts)))
 
 
 def read_lists(source: Path, text_a: str = "text_a", candidates: str = "candidates") -> Iterator[CandidateList]:
@@ -36,10 +47,11 @@ def read_lists(source: Path, text_a: str = "text_a", candidates: str = "candidat
     """
     if file_format(source) not in ("jsonl", "parquet"):
         raise UserError(f"--input {source}: CSV and TSV hold no lists of candidates: use JSONL or Parquet")
-    return stream_fields(source, partial(_list_of, text_a=text_a, candidates=candidates))
+    for where, fields in stream_places(source, partial(_list_of, text_a=text_a, candidates=candidates)):
+        yield CandidateList(*fields, where)
 
 
-def _list_of(record: Record, text_a: str, candidates: str) -> CandidateList:
+def _list_of(record: Record, text_a: str, candidates: str) -> tuple[Record, str, str, list[str], list[str]]:
     query = text_of(record, text_a, "--text-a")
     require_column(record, candidates, "--candidates")
     given = record[candidates]
@@ -53,7 +65,7 @@ def _list_of(record: Record, text_a: str, candidates: str) -> CandidateList:
             require_column(one, "text", name)
         texts.append(text_of({name: one["text"] if is_object else one}, name, "--candidates"))
         ids.append(name_of(one, "id") if is_object else "")
-    return CandidateList(record, query, name_of(record, "id"), texts, ids)
+    return record, query, name_of(record, "id"), texts, ids
 
 
 @contextmanager
@@ -83,7 +95,7 @@ def _read_run(run: Path, queries: Lines, corpus: Lines) -> Iterator[CandidateLis
             if not seen.add(digest(query_id)):
                 raise UserError(f"{first}: query {shown(query_id)} stood further up: sort the run by query")
             query = find_text(queries, query_id, "query", first)
-            yield CandidateList({"id": query_id, "text_a": query}, query, query_id, texts, ids)
+            yield CandidateList({"id": query_id, "text_a": query}, query, query_id, texts, ids, first)
 
 
 def _run_lines(run: Path) -> Iterator[tuple[str, str, str]]:

@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -49,23 +50,44 @@ def _json_line(record: dict[str, Any]) -> str:
     return line + "\n"
 
 
-def stream_columns(records: Iterable[dict[str, Any]], format: str) -> tuple[int, Columns]:
+def stream_columns(read: Callable[[], Iterable[dict[str, Any]]], format: str) -> tuple[int, Columns]:
     """How many records a stream has, and their columns as `write_file` takes them: a pass before that of writing.
 
+    Args:
+        read: begins the stream; called again where groups of a Parquet file differ in their types.
     Raises:
-        UserError: a column of a Parquet file with values of several types.
+        UserError: what a Parquet file cannot hold, such as a column with values of several types.
     """
-    count, columns = 0, {}
     if format == "parquet":
-        columns = []
-        for rows in _row_groups(records):
-            count += len(rows)
-            columns = _with_types(columns, rows)
-        return count, columns
-    for record in records:
+        return _stream_schema(read)
+    count, columns = 0, {}
+    for record in read():
         count += 1
         columns |= dict.fromkeys(record)
     return count, list(columns)
+
+
+def _stream_schema(read: Callable[[], Iterable[dict[str, Any]]]) -> tuple[int, "pyarrow.Schema"]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, schema, schemas = 0, pa.schema([]), set()
+    with _told_by_arrow():
+        for rows in _row_groups(read()):
+            count += len(rows)
+            found = pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in _names(rows)])
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            schemas.add(found)
+        with pq.ParquetWriter(pa.BufferOutputStream(), schema):  # some types of Arrow are none of Parquet
+            pass
+        if len(schemas) > 1:  # the type of all groups need not hold the values of each: float64 not every int64
+            for rows in _row_groups(read()):
+                pa.Table.from_pylist(rows, schema)
+    return count, schema
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -73,7 +95,7 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
     rows, characters = [], 0
     for record in records:
         rows.append(record)
-        characters += _characters(record)
+        characters += num_characters(record)
         if len(rows) == ROWS_PER_GROUP or characters > CHARACTERS_PER_GROUP:
             yield rows
             rows, characters = [], 0
@@ -81,27 +103,28 @@ def _row_groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
         yield rows
 
 
-def _characters(value: Any) -> int:
+def num_characters(value: Any) -> int:
+    """Roughly what a record takes: the characters of all its texts, at least one for a text, one for another value."""
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):
-        return len(value) if isinstance(value, str | bytes) else 1
-    return sum(map(_characters, value))
+        return max(len(value), 1) if isinstance(value, str | bytes) else 1
+    return sum(map(num_characters, value))
 
 
-def _with_types(known: Columns, rows: list[dict[str, Any]]) -> Columns:
-    """The schema of these rows and of those before."""
+@contextmanager
+def _told_by_arrow() -> Iterator[None]:
     import pyarrow as pa
 
-    names = dict.fromkeys(key for row in rows for key in row)
     try:
-        found = pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
-        return pa.unify_schemas([pa.schema(known), found], promote_options="permissive")
+        yield
     except UnicodeEncodeError:
         raise UserError("a text holds half of a surrogate pair: correct its \\u escapes or write JSONL") from None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"a column has values of several types ({reason}): write JSONL instead of Parquet") from None
+        raise UserError(
+            f"Parquet cannot hold a column of these records ({reason}): give its values one type or write JSONL"
+        ) from None
 
 
 def _write_parquet(path: Path, records: Iterable[dict[str, Any]], columns: Columns | None) -> None:
@@ -109,12 +132,14 @@ def _write_parquet(path: Path, records: Iterable[dict[str, Any]], columns: Colum
     import pyarrow.parquet as pq
 
     if columns is None:
-        pq.write_table(pa.Table.from_pylist(records), path)
+        with _told_by_arrow():
+            pq.write_table(pa.Table.from_pylist(records), path)
         return
     schema = columns if isinstance(columns, pa.Schema) else _schema_of_pairs(columns)
     with pq.ParquetWriter(path, schema) as writer:
         for rows in _row_groups(records):
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+            with _told_by_arrow():
+                writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
 def _schema_of_pairs(columns: list[str]) -> "pyarrow.Schema":

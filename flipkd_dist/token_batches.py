@@ -13,7 +13,7 @@ from flipkd_dist.prompt import EncodedPair
 
 T = TypeVar("T")
 WINDOW_PAIRS = 4096
-WINDOW_CHARACTERS = 2**21  # of the texts of a window: so many long documents would otherwise fill the memory
+WINDOW_CHARACTERS = 2**21  # of the records of a window: so many long documents would otherwise fill the memory
 # Inside attention every pair has its whole path (prefix, first text, own tokens), in the linear layers shared tokens
 # stand once. Queries, keys, values and their product take about a quarter of the room of a token in the linear layers.
 PATHS_PER_TOKEN = 4
@@ -27,17 +27,17 @@ class BatchLimits:
     pairs: int = 512
 
 
-def windows(items: Iterable[T], texts_of: Callable[[T], Iterable[str]], pairs_of: Callable[[T], int]) -> Iterator[list]:
+def windows(items: Iterable[T], characters_of: Callable[[T], int], pairs_of: Callable[[T], int]) -> Iterator[list[T]]:
     """The items of a stream in bounded lists, at least one in each.
 
     Args:
-        texts_of: an item's texts, whose characters count.
+        characters_of: how many characters an item holds, those that are not scored too.
         pairs_of: how many pairs an item stands for.
     """
     window: list[T] = []
     num_pairs = characters = 0
     for item in items:
-        more_pairs, more_characters = pairs_of(item), sum(map(len, texts_of(item)))
+        more_pairs, more_characters = pairs_of(item), characters_of(item)
         if window and (num_pairs + more_pairs > WINDOW_PAIRS or characters + more_characters > WINDOW_CHARACTERS):
             yield window
             window, num_pairs, characters = [], 0, 0

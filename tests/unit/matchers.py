@@ -47,6 +47,13 @@ def made_up_score(pair: tuple[str, str]) -> tuple[float, float]:
     return zlib.crc32("|".join(pair).encode()) / 2**32, len(pair[1]) / 1000
 
 
+class MadeUpEncoder:
+    """Stands for the encoder: a text has no tokens if it is the replacement character."""
+
+    def first_without_tokens(self, texts) -> str | None:
+        return next((text for text in texts if text == "\ufffd"), None)
+
+
 class MadeUpMatcher:
     """Stands for `Matcher`: a score is a checksum of the pair; it notes how many pairs it is given at a time."""
 

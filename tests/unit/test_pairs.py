@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flipkd_dist import pairs as pairs_module
 from flipkd_dist.config import DataConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_files import read_records, write_records
@@ -256,6 +257,36 @@ def test_known_match_against_a_slow_reference(seed):
     found = table.known_match(rows_a, rows_b)
     assert found.dtype == bool and found.tolist() == expected
     assert 0.05 < found.mean() < 0.5  # neither all nor nothing
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9, 40])
+def test_known_match_of_texts_with_many_positives(columns):
+    """A hub's partners are more than the columns, sometimes just as many; both ways give the same."""
+    rng = np.random.default_rng(columns)
+    a = np.repeat([0, 1, 2, 3], [100, columns, columns + 1, 1])
+    b = np.concatenate([rng.permutation(np.arange(4, 120))[: len(a) // 2], rng.integers(0, 120, len(a) - len(a) // 2)])
+    swapped = rng.random(len(a)) < 0.5
+    a, b = np.where(swapped, b, a), np.where(swapped, a, b)
+    names, none = [str(row) for row in range(len(a))], np.full(len(a), -1)
+    label = (rng.random(len(a)) < 0.9).astype(np.int64)
+    table = PairTable([f"t{n}" for n in range(120)], a, b, label, names, names, none, none)
+    for _ in range(5):
+        rows_a, rows_b = rng.integers(0, len(a), 30), rng.integers(0, len(a), columns)
+        expected = [[slow_known_match(table, i, j) for j in rows_b] for i in rows_a]
+        assert table.known_match(rows_a, rows_b).tolist() == expected
+    assert table.known_match(rows_a, rows_b[:0]).shape == (30, 0)
+
+
+def test_a_hub_is_not_spread_whole(monkeypatch):
+    spread = []
+    whole = pairs_module._spread
+    monkeypatch.setattr(pairs_module, "_spread", lambda *given: spread.append(whole(*given)) or spread[-1])
+    many = 10_000
+    a, b = np.zeros(many, np.int64), np.arange(1, many + 1)
+    names, none = [""] * many, np.full(many, -1)
+    table = PairTable([""] * (many + 1), a, b, np.ones(many, np.int64), names, names, none, none)
+    assert table.known_match(np.arange(32), np.arange(256)).all()
+    assert sum(len(which) for which, _ in spread) == 0
 
 
 def test_known_match_reasons_one_by_one(tmp_path):

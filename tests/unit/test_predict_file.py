@@ -7,17 +7,19 @@ import tracemalloc
 
 import pyarrow.parquet as pq
 import pytest
-from matchers import MadeUpMatcher, made_up_score
+from matchers import MadeUpEncoder, MadeUpMatcher, made_up_score
 
 from flipkd_dist import cli, predict_file
 from flipkd_dist.errors import UserError
-from flipkd_dist.token_batches import WINDOW_PAIRS, BatchLimits
+from flipkd_dist.pair_files import read_records, write_records
+from flipkd_dist.token_batches import WINDOW_CHARACTERS, WINDOW_PAIRS, BatchLimits
 
 
 @pytest.fixture
 def matchers(monkeypatch, tmp_path):
     """The matchers that were made; an adapter folder `adapter` is there."""
     made = []
+    monkeypatch.setattr(predict_file, "saved_encoder", lambda *_: MadeUpEncoder())
     monkeypatch.setattr(predict_file, "Matcher", lambda *given: made.append(MadeUpMatcher(*given)) or made[-1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").mkdir()
@@ -91,10 +93,88 @@ def test_mixed_types_are_refused_for_parquet_alone(matchers, tmp_path):
     records = list(pairs(3))
     records[2]["id"] = "three"
     source = write_jsonl(tmp_path / "in.jsonl", records)
-    with pytest.raises(UserError, match=r"several types \(.*\): write JSONL instead of Parquet"):
+    with pytest.raises(UserError, match=r"Parquet cannot hold a column .*'three'.*: give its values one type or"):
         run(source, tmp_path / "out.parquet")
     assert not matchers
     run(source, tmp_path / "out.jsonl")
+
+
+UNWRITABLE = {
+    "no fields": ({"meta": {}}, {}, "no child field"),
+    "no fields in a list": ({"meta": [{}]}, {"meta": []}, "no child field"),
+    "float64 does not hold it": ({"number": 2**53 + 1}, {"number": 0.5}, "9007199254740993"),
+    "float64 did not hold it": ({"number": 0.5}, {"number": 2**53 + 1}, "9007199254740993"),
+    "int64 does not hold it": ({"number": 2**70}, {}, "too large"),
+}
+
+
+@pytest.mark.parametrize("mistake", UNWRITABLE)
+@pytest.mark.parametrize("rows_per_group", [3, 10])
+def test_what_parquet_cannot_hold_is_told_before_the_model_is_loaded(
+    matchers, tmp_path, monkeypatch, mistake, rows_per_group
+):
+    monkeypatch.setattr("flipkd_dist.record_writer.ROWS_PER_GROUP", rows_per_group)
+    first, last, reason = UNWRITABLE[mistake]
+    records = list(pairs(10))
+    records[0] |= first
+    records[-1] |= last
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"Parquet cannot hold .*{reason}.* or write JSONL"):
+        run(source, tmp_path / "out.parquet")
+    assert not matchers and sorted(tmp_path.iterdir()) == before
+    run(source, tmp_path / "out.jsonl")
+
+
+def test_whole_numbers_beside_fractions_are_kept_where_they_fit(matchers, tmp_path, monkeypatch):
+    monkeypatch.setattr("flipkd_dist.record_writer.ROWS_PER_GROUP", 3)
+    numbers = [2**53, *range(8), 0.5]
+    records = [{**one, "number": number} for one, number in zip(pairs(10), numbers, strict=True)]
+    run(write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["number"].to_pylist() == numbers
+
+
+def test_a_list_that_parquet_cannot_hold(tmp_path):
+    with pytest.raises(UserError, match="no child field"):
+        write_records({tmp_path / "out.parquet": [{"meta": {}}]})
+    with pytest.raises(UserError, match="Parquet cannot hold"):
+        write_records({tmp_path / "out.parquet": iter([{"label": "x"}])}, ["label"])
+    assert not sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet"])
+def test_a_text_without_tokens_is_told_with_its_place(matchers, tmp_path, extension):
+    records = list(pairs(2 * WINDOW_PAIRS))
+    records[-3]["text_b"] = " \ufffd"
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    if extension == "parquet":
+        source = tmp_path / "in.parquet"
+        write_records({source: records})
+    before = sorted(tmp_path.iterdir())
+    where = "in.jsonl:8190" if extension == "jsonl" else "in.parquet row 8190"
+    with pytest.raises(UserError, match=f"{where}: the student's tokenizer turns '\ufffd' into no tokens: correct"):
+        run(source, tmp_path / "out.jsonl")
+    assert not matchers and sorted(tmp_path.iterdir()) == before
+
+
+def test_other_columns_count_for_a_window(matchers, tmp_path):
+    body = "x" * (WINDOW_CHARACTERS // 10)
+    nested = [{"body": body}, {"meta": {"deep": [body]}}]
+    records = [{**one, **nested[number % 2]} for number, one in enumerate(pairs(30))]
+    run(write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl")
+    assert matchers[0].calls == [9, 9, 9, 3]
+
+
+def test_few_rows_of_a_parquet_file_are_objects_at_a_time(tmp_path):
+    """pyarrow's own batches have 65,536 rows, each with all of its lists."""
+    lists = [{"text_a": "a", "candidates": [f"candidate {n}" * 3 for n in range(50)]}] * 2000
+    write_records({tmp_path / "in.parquet": lists})
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records(tmp_path / "in.parquet")) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # all of them are 10 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_half_of_a_surrogate_pair_in_another_column(matchers, tmp_path):

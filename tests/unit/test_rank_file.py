@@ -8,12 +8,12 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from matchers import MadeUpMatcher, made_up_score, saved_adapter, single_scores
+from matchers import MadeUpEncoder, MadeUpMatcher, made_up_score, saved_adapter, single_scores
 from test_predict_file import write_jsonl
 from tiny import sentences
 
-from flipkd_dist import cli, rank_file
-from flipkd_dist.token_batches import WINDOW_PAIRS
+from flipkd_dist import cli, predict, rank_file
+from flipkd_dist.token_batches import WINDOW_CHARACTERS, WINDOW_PAIRS
 
 QUERIES = ["where is my card", "ключ 丢失 \U0001f511", "close account"]
 LISTS = [
@@ -26,6 +26,7 @@ LISTS = [
 @pytest.fixture
 def matchers(monkeypatch, tmp_path):
     made = []
+    monkeypatch.setattr(rank_file, "saved_encoder", lambda *_: MadeUpEncoder())
     monkeypatch.setattr(rank_file, "Matcher", lambda *given: made.append(MadeUpMatcher(*given)) or made[-1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").mkdir()
@@ -108,10 +109,40 @@ def test_lists_as_a_trec_run(matchers, tmp_path, monkeypatch):
     assert (tmp_path / "out.trec").read_text().splitlines() == lines
 
 
+AMBIGUOUS = {
+    "equal ids": (
+        ["a", {"id": "d", "text": "b"}, {"id": "d", "text": "c"}],
+        "candidates 1 and 2 would both be called 'd'",
+    ),
+    "an index": (["a", "b", {"id": 0, "text": "c"}], "candidates 0 and 2 would both be called '0'"),
+    "a query": (["a"], "id 'q1' stands at in.jsonl:1 too"),
+}
+
+
+@pytest.mark.parametrize("mistake", AMBIGUOUS)
+def test_a_trec_run_that_would_be_ambiguous(matchers, tmp_path, monkeypatch, capsys, mistake):
+    candidates, reason = AMBIGUOUS[mistake]
+    query = "q1" if mistake == "a query" else "q9"
+    write_jsonl(tmp_path / "in.jsonl", [*LISTS, {"id": query, "text_a": "a", "candidates": candidates}])
+    before = sorted(os.listdir())
+    code = flipkd(monkeypatch, "--input", "in.jsonl", "--output", "out.trec")
+    refused(code, capsys, f"--output out.trec: in.jsonl:4: {reason}", "or write JSONL")
+    assert not matchers and sorted(os.listdir()) == before
+    assert flipkd(monkeypatch, "--input", "in.jsonl", "--output", "out.jsonl") == 0  # there nothing is mixed up
+
+
+def test_other_columns_of_a_list_count_for_a_window(matchers, tmp_path, monkeypatch):
+    body = "x" * (WINDOW_CHARACTERS // 10)
+    write_jsonl(tmp_path / "in.jsonl", [{"text_a": "a", "candidates": ["b"], "body": body}] * 20)
+    assert flipkd(monkeypatch, "--input", "in.jsonl", "--output", "out.jsonl") == 0
+    assert matchers[0].calls == [9, 9, 2]
+
+
 @pytest.fixture
 def run(tmp_path):
     """A TREC run with its queries and corpus; the corpus has a title and a document that the run does not name."""
     corpus = [{"_id": f"d{n}", "title": "Title" * (n % 2), "text": f"text {n}"} for n in range(5)]
+    corpus.append({"_id": "d5", "text": "\ufffd"})
     write_jsonl(tmp_path / "my-corpus.jsonl", corpus)
     write_jsonl(tmp_path / "q.jsonl", [{"_id": f"q{n}", "text": query} for n, query in enumerate(QUERIES)])
     lines = ["q2 Q0 d3 1 9.5 bm25", "q2 Q0 d0 2 9.1 bm25", "", "q0\tQ0\td1\t1\t3\tbm25", "q0 Q0 d3 2 2 bm25"]
@@ -134,6 +165,13 @@ def test_a_run_is_ranked_again(matchers, run, tmp_path, monkeypatch):
     assert names == [[query, "Q0", document, str(rank)] for query, document, rank in places]
 
 
+def test_the_documents_of_a_run_count_for_a_window(matchers, run, tmp_path, monkeypatch):
+    body = "x" * (WINDOW_CHARACTERS // 2)
+    write_jsonl(tmp_path / "my-corpus.jsonl", [{"_id": f"d{n}", "text": body} for n in range(5)])
+    assert flipkd(monkeypatch, *run, "--output", "out.jsonl") == 0
+    assert matchers[0].calls == [2, 2]
+
+
 BAD_LISTS = {
     "no column": ({"text_a": "a"}, "in.jsonl:2: no column candidates; it has text_a", "--candidates"),
     "no list": ({"text_a": "a", "candidates": "b"}, "in.jsonl:2: candidates is 'b', not a list", "write a list"),
@@ -142,6 +180,8 @@ BAD_LISTS = {
     "number": ({"text_a": "a", "candidates": [{"text": 3}]}, "in.jsonl:2: candidates[0] is 3", "write a text"),
     "no text": ({"text_a": "a", "candidates": [{"id": 3}]}, "in.jsonl:2: no column text; it has id", "correct"),
     "query": ({"text_a": "", "candidates": []}, "in.jsonl:2: text_a is empty", "fill it in"),
+    "tokens": ({"text_a": "a", "candidates": ["b", "\ufffd"]}, "in.jsonl:2: the student's tokenizer turns", "correct"),
+    "query's": ({"text_a": "\ufffd", "candidates": []}, "in.jsonl:2: the student's tokenizer turns", "correct"),
 }
 
 
@@ -166,8 +206,8 @@ BAD_FILES = {
     "no input": (("none.jsonl", "out.jsonl"), "none.jsonl: no such file", "check the path"),
     "no queries": (("empty.jsonl", "out.jsonl"), "--input empty.jsonl: no queries in it", "name a file"),
     "onto itself": (("in.jsonl", "./in.jsonl"), "--output in.jsonl: this is the input", "another"),
-    "nameless": (("nameless.jsonl", "out.trec"), "--output out.trec: query 1 has no id", "add the column id"),
-    "spaces": (("spaces.jsonl", "out.trec"), "--output out.trec: query 1: 'a b' has a space", "write JSONL"),
+    "nameless": (("nameless.jsonl", "out.trec"), "--output out.trec: nameless.jsonl:1: no id", "add the column id"),
+    "spaces": (("spaces.jsonl", "out.trec"), "--output out.trec: spaces.jsonl:1: 'a b' has a space", "write JSONL"),
     "alone": (("in.jsonl", "out.jsonl", "--queries", "q.jsonl"), "--queries: a run needs the texts", "give --corpus"),
     "other": (("in.jsonl", "out.jsonl", "--corpus", "q.jsonl"), "--corpus: a run needs the texts", "give --queries"),
     "no folder": (("in.jsonl", "no/out.trec"), "no/out.trec: there is no folder no", "create it"),
@@ -193,6 +233,7 @@ BAD_RUNS = {
     "document": ("q1 Q0 d9 1 3 x\n", "bm25.txt:6: no document 'd9' in my-corpus.jsonl", "add it"),
     "query": ("q9 Q0 d1 1 3 x\n", "bm25.txt:6: no query 'q9' in q.jsonl", "add it"),
     "unsorted": ("q2 Q0 d1 1 3 x\n", "bm25.txt:6: query 'q2' stood further up", "sort"),
+    "tokens": ("q1 Q0 d5 3 1 x\n", "bm25.txt:6: the student's tokenizer turns", "correct or remove it"),
     "twice": ("q0 Q0 d1 3 1 x\n", "bm25.txt:6: document 'd1' stands twice", "remove"),
     "column": (None, "--text-a: a run has no columns", "leave it out"),
     "onto the corpus": (None, "--output my-corpus.jsonl: this is the input", "another"),
@@ -238,6 +279,15 @@ def test_nothing_stays_of_a_ranking_that_failed(matchers, tmp_path, monkeypatch,
     for output in ("out.jsonl", "out.trec", "out.parquet"):
         assert flipkd(monkeypatch, "--input", "in.jsonl", "--output", output) == 1
         assert "ZeroDivisionError" in capsys.readouterr().err and sorted(os.listdir()) == before
+
+
+def test_a_real_tokenizer_is_asked_before_the_weights_are_read(tmp_path, monkeypatch, capsys):
+    saved_adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "load_student", lambda *_, **__: 1 / 0)
+    write_jsonl(tmp_path / "in.jsonl", [{"text_a": "card", "candidates": ["pin", "\ufffd"]}])
+    code = flipkd(monkeypatch, "--input", "in.jsonl", "--output", "out.jsonl")
+    refused(code, capsys, "in.jsonl:1: the student's tokenizer turns '\ufffd' into no tokens", "correct or remove it")
 
 
 def test_a_real_adapter_ranks_as_pair_by_pair(tmp_path, monkeypatch):
