@@ -82,7 +82,8 @@ def weight_collectives(
     if layout.stage < 3:
         return int(layout.stage > 0), SMALL + buckets * reductions(layout, work, micro_steps)
     largest = shape.largest_linear // 2 if layout.load_in_4bit else shape.largest_linear  # bytes hold two weights
-    group = max(zero.stage3_prefetch_bucket_size, largest / 2) * (1 if layout.load_in_4bit else work.value_bytes)
+    ahead = 0 if work.chunked else zero.stage3_prefetch_bucket_size  # chunks fetch a module at a time, as measured
+    group = max(ahead, largest / 2) * (1 if layout.load_in_4bit else work.value_bytes)
     fetches = ceil(fetched_bytes(shape, layout, work, zero) / group)
     return micro_steps * fetches + buckets * reductions(layout, work, micro_steps), SMALL
 

@@ -47,15 +47,19 @@ def weight_traffic(
 
 
 def fetched_bytes(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) -> float:
-    """Whole tensors that ZeRO-3 puts together in a micro-step: forward, and what the backward finds released; in
-    chunks each of them does, and fetches once more for its forward without gradient."""
+    """Whole tensors that ZeRO-3 puts together in a micro-step: forward, and what the backward finds released.
+
+    In chunks nothing stays (measured: tests/parity/test_scaling_parity.py): each of them fetches everything for its
+    forward without gradient, for the one with it, and for the backward.
+    """
     linear = packed_bytes(shape) if layout.load_in_4bit else shape.linear * work.value_bytes
     whole = linear + shape.other * work.value_bytes + shape.lora * lora_value_bytes(layout, work)
+    embedding = shape.embedding * work.value_bytes
+    if work.chunked:
+        return work.chunks * (3 * whole + embedding)
     window = min(whole, gather_bytes(shape, layout, work, zero)[0])
     # With checkpointing the recomputation fetches what the backward then uses.
-    embedding = shape.embedding * work.value_bytes
-    once = 2 * whole - window + embedding
-    return work.chunks * (once + whole + embedding) if work.chunked else once
+    return 2 * whole - window + embedding
 
 
 def step_flops(shape: Shape, layout: Layout, work: Workload, micro_steps: int = 1) -> float:
