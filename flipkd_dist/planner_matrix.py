@@ -14,11 +14,11 @@ from flipkd_dist.planner_devices import Device
 ROW_S, ROW_VALUE_S = 0.25e-6, 1.25e-9  # to look up a vector: for itself, and for each of its numbers
 HOST_FLOPS = 5e10
 ENTRY_S = 4e-9  # of the matrix: which entries are known to match, kept, negative
-# Counted, operation by operation, in losses.py and contrast.py (tests/parity/test_scaling_parity.py).
-ENTRY_TOUCHED, VALUE_TOUCHED = 482, 126  # bytes read and written for an entry [m, n], for a value [n, r]
+# Counted, operation by operation, in losses.py and contrast_terms.py (tests/parity/test_scaling_parity.py).
+ENTRY_TOUCHED, VALUE_TOUCHED = 504, 126  # bytes read and written for an entry [m, n], for a value [n, r]
 GATHER_TOUCHED = 28  # of a value: padded blocks, joined and cut; their gradient
 ROWS_KEPT = 7  # bytes of an entry that the rows hold: the teacher's similarity and three masks
-ENTRY_PEAK, VALUE_KEPT, VALUE_PEAK = 47, 4, 20  # bytes at most: by entries in the losses, by values in their backward
+ENTRY_PEAK, VALUE_KEPT, VALUE_PEAK = 44, 4, 20  # bytes at most: by entries in the losses, by values in their backward
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ def test_the_matrix_by_hand():
     assert MATRIX.flops() == 6 * 36 * 2
     host = 15 * (ROW_S + 5 * ROW_VALUE_S) + 2 * 36 * 5 / HOST_FLOPS + 36 * ENTRY_S
     assert MATRIX.host_seconds() == pytest.approx(host)
-    device = 6 * 36 * 2 / (0.5e12 * 0.4) + (482 * 36 + 126 * (24 + 6) + 28 * 24) / 10e9
+    device = 6 * 36 * 2 / (0.5e12 * 0.4) + (504 * 36 + 126 * (24 + 6) + 28 * 24) / 10e9
     assert MATRIX.device_seconds(DEVICE) == pytest.approx(device)
-    assert MATRIX.memory() == 7 * 36 + 4 * 24 + 4 * 6 + max(47 * 36 + 4 * 24, 20 * 24)
+    assert MATRIX.memory() == 7 * 36 + 4 * 24 + 4 * 6 + max(44 * 36 + 4 * 24, 20 * 24)
     wide = replace(MATRIX, width=1000)
     assert wide.memory() == 7 * 36 + 4 * 12_000 + 4 * 3000 + 20 * 12_000
     both = replace(MATRIX, directions=2)
@@ -42,7 +42,7 @@ def test_the_matrix_by_hand():
 
 def test_nothing_is_gathered_by_one_rank():
     alone = replace(MATRIX, ranks=1)
-    assert alone.device_seconds(DEVICE) == pytest.approx(6 * 9 * 2 / 0.2e12 + (482 * 9 + 126 * 12) / 10e9)
+    assert alone.device_seconds(DEVICE) == pytest.approx(6 * 9 * 2 / 0.2e12 + (504 * 9 + 126 * 12) / 10e9)
 
 
 def test_latencies_by_hand():
@@ -120,7 +120,7 @@ def test_the_matrix_in_blocks_by_hand():
     assert blocks.flops() == whole.flops()
     assert blocks.touched() - whole.touched() == 11 * 126 * 4800  # every block brings all columns to length 1
     assert blocks.host_seconds() - whole.host_seconds() == pytest.approx(11 * 2400 * (ROW_S + 5 * ROW_VALUE_S))
-    assert blocks.memory() == (7 + 47) * 54 * 2400 + (4 + 4 + 4) * 4800 + 4 * 1200
+    assert blocks.memory() == (7 + 44) * 54 * 2400 + (4 + 4 + 4) * 4800 + 4 * 1200
     assert (whole.counted_seconds(), whole.waited_seconds()) == (whole.host_seconds(), 0)
     assert blocks.counted_seconds() == blocks.waited_seconds() == blocks.host_seconds()
     both = replace(blocks, directions=2)
