@@ -13,6 +13,7 @@ from tiny import pair_table, save_student, signals_of, unit_vectors
 from torch.utils.flop_counter import FlopCounterMode
 
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.chunks import RowBlocks
 from flipkd_dist.config import LossConfig, StudentConfig
 from flipkd_dist.contrast import contrast_rows
 from flipkd_dist.contrast_terms import contrast_terms
@@ -146,8 +147,8 @@ def test_a_ranks_matrix_grows_as_the_model_says(pairs, ranks, width):
 
 
 def test_what_a_rank_looks_up_grows_as_the_model_says():
-    """Every text of its rows and of all columns once, in one direction."""
-    asked = []
+    """Every text of its rows and of all columns once, in one direction; in blocks all columns for each of them."""
+    asked, in_blocks = [], []
     for ranks in (1, 64):
         table = pair_table(64 * ranks, shortest=6, longest=12)
         signals = signals_of(table, unit_vectors(len(table.texts)))
@@ -156,4 +157,9 @@ def test_what_a_rank_looks_up_grows_as_the_model_says():
         reader.at = lambda rows, at=at, counted=counted: (counted.append(len(rows)), at(rows))[1]
         contrast_rows(signals, np.arange(64 * ranks), slice(0, 64), 0.5)
         asked.append(sum(counted))
+        counted.clear()
+        list(RowBlocks(signals, np.arange(64 * ranks), slice(0, 64), LossConfig()))
+        in_blocks.append(sum(counted))
+        assert in_blocks[-1] == 64 + Matrix(64, ranks, RANK, 16, in_blocks=True).blocks * 64 * ranks
     assert asked == [64 + 64, 64 + 4096]
+    assert in_blocks == [64 + 64, 64 + 2 * 4096]
