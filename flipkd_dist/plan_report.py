@@ -8,23 +8,10 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.ds_config import read_policy
 from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings
 from flipkd_dist.planner_devices import DEFAULT, GIB, Device, find_device
-from flipkd_dist.planner_scaling import ScaledStep, largest_batch, scaled_step, step_memory
+from flipkd_dist.planner_scaling import Speed, largest_batch, scaled_step, speed_of, step_memory
 from flipkd_dist.planner_shape import Shape, student_shape
-from flipkd_dist.planner_speed import step_flops
 
 VERSION = 1  # of the JSON
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One optimizer step of all workers; mfu counts 4 operations a frozen weight and token, whatever else was done."""
-
-    flops: float  # of one device
-    wire_bytes: int  # that one device sends
-    step_s: float
-    pairs_per_s: float
-    tokens_per_s: float
-    mfu_4n: float
 
 
 @dataclass(frozen=True)
@@ -192,19 +179,7 @@ def _row(
         fits=max(memory.peak, memory.load_peak) <= device.usable_bytes,
         largest_pairs=largest_batch(shape, layout, work, zero, device.usable_bytes, directions),
         memory=memory,
-        speed=_speed(shape, layout, work, device, step, micro_steps),
-    )
-
-
-def _speed(shape: Shape, layout: Layout, work: Workload, device: Device, step: ScaledStep, micro_steps: int) -> Speed:
-    tokens = micro_steps * work.pairs * work.tokens_per_pair
-    return Speed(
-        flops=step_flops(shape, layout, work, micro_steps),
-        wire_bytes=step.wire_bytes,
-        step_s=step.step_s,
-        pairs_per_s=step.pairs_per_s,
-        tokens_per_s=step.pairs_per_s * work.tokens_per_pair,
-        mfu_4n=tokens * 4 * shape.linear / (step.step_s * device.tflops(work.value_bytes) * 1e12),
+        speed=speed_of(shape, layout, work, device, step, micro_steps),
     )
 
 

@@ -13,6 +13,7 @@ from flipkd_dist.planner_speed import (
     overlaps,
     readout_bytes,
     reductions,
+    step_flops,
     update_seconds,
     weight_traffic,
 )
@@ -55,6 +56,18 @@ class ScaledStep:
         parts = {"weights": self.weights_s, "read-outs": self.gather_s + self.scatter_s, "matrix": self.matrix_s}
         parts |= {"host": self.host_s, "update": self.update_s}
         return max(parts, key=parts.get)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step of all workers; mfu counts 4 operations a frozen weight and token, whatever else was done."""
+
+    flops: float  # of one device
+    wire_bytes: int  # that one device sends
+    step_s: float
+    pairs_per_s: float
+    tokens_per_s: float
+    mfu_4n: float
 
 
 def ring_latency(ranks: int, device: Device) -> float:
@@ -167,4 +180,17 @@ def scaled_step(
         collectives=rounds + sums + 2 * times,
         matrix_bytes=matrix.memory(),
         peak_bytes=step_memory(shape, layout, work, zero, directions).peak,
+    )
+
+
+def speed_of(shape: Shape, layout: Layout, work: Workload, device: Device, step: ScaledStep, micro_steps: int) -> Speed:
+    """The same step as `plan` reports it."""
+    tokens = micro_steps * work.pairs * work.tokens_per_pair
+    return Speed(
+        flops=step_flops(shape, layout, work, micro_steps),
+        wire_bytes=step.wire_bytes,
+        step_s=step.step_s,
+        pairs_per_s=step.pairs_per_s,
+        tokens_per_s=step.pairs_per_s * work.tokens_per_pair,
+        mfu_4n=tokens * 4 * shape.linear / (step.step_s * device.tflops(work.value_bytes) * 1e12),
     )
