@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flipkd_dist.config import LossConfig
 from flipkd_dist.contrast import ContrastRows, contrast_rows
-from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum
+from flipkd_dist.contrast_terms import contrast_terms
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.signals import TeacherSignals, TextTeacher
 from flipkd_dist.store import Store, StoreSpec
@@ -51,12 +52,9 @@ def played_signals(folder: Path, table: PairTable, dim: int) -> TeacherSignals:
 
 
 def losses(rows: ContrastRows, readout_a: torch.Tensor, gathered_b: torch.Tensor) -> torch.Tensor:
-    """L_dist and L_MCL of the own rows, as a step takes them; weights and counts aside."""
-    similarity = cosine_matrix(readout_a, gathered_b)
-    contrastive, _ = contrastive_sum(
-        similarity, rows.teacher_similarity, rows.anchor, rows.negative, rows.positive_column, margin=0.06
-    )
-    return distance_sum(similarity, rows.teacher_similarity, rows.keep) + contrastive
+    """L_dist and L_MCL of the own rows, as a step takes them, with its statistics; weights and counts aside."""
+    terms = contrast_terms(readout_a, readout_a, None, gathered_b, [rows], LossConfig())
+    return terms.distance + terms.contrastive
 
 
 def play(signals: TeacherSignals, pairs: int, world: int, width: int, rounds: int) -> dict[str, float]:

@@ -5,7 +5,8 @@
 Weak scaling: the pairs per device are kept. Every world is a training of its own through `launchers/deepspeed_train.py`
 (gloo, one thread a process), after one `flipkd score`. Processes that share cores slow each other down, so only shares
 and ratios mean something. The seconds are those of the last line of `metrics.jsonl`; the first step is in none of them.
-`benchmarks/played_rank.py` plays larger worlds. Prints a table and a line of JSON.
+`benchmarks/played_rank.py` plays larger worlds. Prints a table, whose last two columns are what the planner says and
+nothing measured, and a line of JSON.
 """
 
 import argparse
@@ -93,10 +94,10 @@ def main() -> None:
     scaling = make_scaling(load_config(options.config, overrides(options, 1)), "weak")
     model = {step.ranks: step for step in scaling.steps}
     head = "  ".join(f"{phase:>13}" for phase in PHASES)
-    print(f"{'processes':>13}  {'step ms':>9}  {head}   model: sent MB, contrast part of a step")
+    print(f"{'processes':>13}  {'step ms':>9}  {head}   model alone: sent MB, contrast's share of its step")
     for world, seconds in found.items():
         planned = model[world]
-        sent = (planned.weight_bytes + planned.gather_bytes + planned.scatter_bytes) / 1e6
+        sent = planned.wire_bytes / 1e6
         matrix = (planned.gather_s + planned.scatter_s + planned.matrix_s) / planned.step_s
         shares = "  ".join(f"{seconds[phase] / seconds['step']:>13.1%}" for phase in PHASES)
         print(f"{world:>13}  {seconds['step'] * 1e3:>9.1f}  {shares}   {sent:.1f}, {matrix:.2%}")

@@ -81,7 +81,10 @@ def _contrastive(similarity: Tensor, rows: ContrastRows, loss: LossConfig) -> tu
 
 @torch.no_grad()
 def matrix_statistics(rows: ContrastRows, similarity: Tensor) -> Tensor:
-    """Sum of cosines and number of matching, other labelled and off-diagonal entries; how many of each are kept."""
+    """Sum of cosines and number of matching, other labelled and off-diagonal entries; how many of each are kept.
+
+    By products with masks: to index by a mask would wait for the device.
+    """
     own = rows.positive_column.unsqueeze(1)
     diagonal, kept = similarity.gather(1, own).squeeze(1), rows.keep.gather(1, own).squeeze(1)
     match, off = rows.labels == 1, rows.off_diagonal
@@ -89,14 +92,14 @@ def matrix_statistics(rows: ContrastRows, similarity: Tensor) -> Tensor:
         [
             value.double()
             for value in (
-                diagonal[match].sum(),
+                (diagonal * match).sum(),
                 match.sum(),
-                diagonal[~match].sum(),
+                (diagonal * ~match).sum(),
                 (~match).sum(),
-                similarity[off].sum(),
+                (similarity * off).sum(),
                 off.sum(),
-                kept[match].sum(),
-                kept[~match].sum(),
+                (kept & match).sum(),
+                (kept & ~match).sum(),
                 (rows.keep & off).sum(),
             )
         ]

@@ -2,13 +2,14 @@
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import ceil
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.ds_config import read_policy
-from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings, largest_batch, predict
+from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings
 from flipkd_dist.planner_devices import DEFAULT, GIB, Device, find_device
+from flipkd_dist.planner_scaling import Speed, largest_batch, scaled_step, speed_of, step_memory
 from flipkd_dist.planner_shape import Shape, student_shape
-from flipkd_dist.planner_speed import Speed, predict_speed
 
 VERSION = 1  # of the JSON
 
@@ -20,7 +21,7 @@ class Row:
     layout: Layout
     runs: bool  # this package starts it: stage 0 is for one worker
     fits: bool
-    largest_pairs: int  # per device
+    largest_pairs: int  # of one forward
     memory: Memory
     speed: Speed
 
@@ -91,7 +92,10 @@ def make_plan(
     work = workload(config, chosen, tokens_per_pair)
     settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
     workers = num_workers or config.distributed.num_workers
-    rows = tuple(_row(shape, layout, work, settings[layout.stage], chosen, steps) for layout in layouts(workers))
+    directions = contrast_directions(config)
+    rows = tuple(
+        _row(shape, layout, work, settings[layout.stage], chosen, steps, directions) for layout in layouts(workers)
+    )
     return Plan(
         model=shape.model_type,
         base_weights=shape.kept + shape.output_matrix,
@@ -102,7 +106,7 @@ def make_plan(
         workload=work,
         micro_steps=steps,
         rows=rows,
-        recommendation=recommend(rows, config, work.pairs, int(chosen.usable_bytes)),
+        recommendation=recommend(rows, config, work, int(chosen.usable_bytes)),
     )
 
 
@@ -115,16 +119,21 @@ def chosen_device(
 
 
 def workload(config: RunConfig, device: Device, tokens_per_pair: int | None) -> Workload:
-    """The configured micro-batch of one device."""
+    """The configured share of a contrast batch of one device, in chunks where `train.mini_batch_size` bounds them."""
     bf16 = device.is_gpu if config.train.bf16 == "auto" else config.train.bf16
     return Workload(
-        pairs=config.train.pairs_per_forward,
+        pairs=config.train.per_device_train_batch_size,
         tokens_per_pair=tokens_per_pair or config.data.max_length,
         value_bytes=2 if bf16 else 4,
         lora_dropout=config.student.lora_dropout,
         on_gpu=device.is_gpu,
         double_quant=config.student.bnb_4bit_use_double_quant,
+        chunks=ceil(config.train.per_device_train_batch_size / config.train.pairs_per_forward),
     )
+
+
+def contrast_directions(config: RunConfig) -> int:
+    return 2 if config.loss.mcl_symmetric else 1
 
 
 def zero_settings(config: RunConfig) -> dict[int, ZeroSettings]:
@@ -159,21 +168,25 @@ def layouts(workers: int) -> list[Layout]:
     ]
 
 
-def _row(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, device: Device, micro_steps: int) -> Row:
-    memory = predict(shape, layout, work, zero)
+def _row(
+    shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, device: Device, micro_steps: int, directions: int
+) -> Row:
+    memory = step_memory(shape, layout, work, zero, directions)
+    step = scaled_step(shape, layout, work, zero, device, micro_steps, directions)
     return Row(
         layout=layout,
         runs=layout.stage > 0 or layout.world_size == 1,
         fits=max(memory.peak, memory.load_peak) <= device.usable_bytes,
-        largest_pairs=largest_batch(shape, layout, work, zero, device.usable_bytes),
+        largest_pairs=largest_batch(shape, layout, work, zero, device.usable_bytes, directions),
         memory=memory,
-        speed=predict_speed(shape, layout, work, zero, device, micro_steps),
+        speed=speed_of(shape, layout, work, device, step, micro_steps),
     )
 
 
-def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int) -> Recommendation:
+def recommend(rows: tuple[Row, ...], config: RunConfig, work: Workload, usable: int) -> Recommendation:
     """The lowest stage that fits as configured; else with as few changes as possible, the dearest last."""
-    configured = configured_layout(config, 0)
+    configured, pairs = configured_layout(config, 0), work.forward_pairs
+    batch = f"{pairs} pairs a {'forward' if work.chunked else 'device'}"
     changes = [
         {},
         {"gradient_checkpointing": True},
@@ -185,11 +198,11 @@ def recommend(rows: tuple[Row, ...], config: RunConfig, pairs: int, usable: int)
         wanted = replace(configured, **change)
         like = [row for row in rows if row.runs and _modes(row.layout) == _modes(wanted)]
         for row in (one for one in like if one.fits):
-            return Recommendation(row.layout, pairs, _reason(row, rows, configured, pairs, usable))
+            return Recommendation(row.layout, pairs, _reason(row, rows, configured, batch, usable))
     best = max((row for row in rows if row.runs), key=lambda row: row.largest_pairs)
     if best.largest_pairs:
         lowest = next(row for row in rows if row.runs and row.largest_pairs == best.largest_pairs)
-        reason = f"no layout holds {pairs} pairs a device; {title(lowest.layout)} holds {best.largest_pairs}, the most"
+        reason = f"no layout holds {batch}; {title(lowest.layout)} holds {best.largest_pairs}, the most"
         return Recommendation(lowest.layout, best.largest_pairs, f"{reason}.")
     least = min((row for row in rows if row.runs), key=lambda row: row.memory.peak)
     return Recommendation(
@@ -204,12 +217,10 @@ def _modes(layout: Layout) -> tuple[bool, bool, bool]:
     return layout.load_in_4bit, layout.offload_optimizer, layout.gradient_checkpointing
 
 
-def _reason(row: Row, rows: tuple[Row, ...], configured: Layout, pairs: int, usable: int) -> str:
+def _reason(row: Row, rows: tuple[Row, ...], configured: Layout, batch: str, usable: int) -> str:
     """One sentence: what it takes, why no lower stage, why not as configured."""
     layout = row.layout
-    text = (
-        f"{title(layout)}: the lowest stage that fits {pairs} pairs a device takes {_need(row)} of {_gib(usable)} GiB"
-    )
+    text = f"{title(layout)}: the lowest stage that fits {batch} takes {_need(row)} of {_gib(usable)} GiB"
     below = [one for one in rows if one.layout.stage == layout.stage - 1 and _modes(one.layout) == _modes(layout)]
     for one in below:
         why = "runs in one process only" if one.fits else f"would take {_need(one)}"
@@ -235,19 +246,20 @@ def _gib(count: float) -> str:
     return f"{count / GIB:.1f}"
 
 
-COLUMNS = ("weights", "lora", "gradients", "optimizer", "buckets", "gather", "activations", "workspace")
+COLUMNS = ("weights", "lora", "gradients", "optimizer", "buckets", "gather", "activations", "workspace", "matrix")
 
 
 def table(plan: Plan) -> str:
     """For reading: GiB per device, one line a layout."""
     work, device = plan.workload, plan.device
     chosen = " (the default: name yours with --device)" if plan.device_is_default and device.is_gpu else ""
+    chunks = f" in {work.chunks} chunks" if work.chunked else ""
     workers = plan.rows[0].layout.world_size
     lines = [
         f"{plan.model}: {plan.base_weights / 1e9:.3f} B frozen weights, {plan.lora_weights / 1e6:.1f} M of LoRA "
         f"({plan.lora_weights / (plan.base_weights + plan.lora_weights):.2%})",
         f"{workers} x {device.name}{chosen}: {device.memory_gib:g} GiB, {_gib(plan.usable_bytes)} usable; "
-        f"{'bf16' if work.value_bytes == 2 else 'fp32'}, {work.pairs} pairs a device and micro-step, "
+        f"{'bf16' if work.value_bytes == 2 else 'fp32'}, {work.pairs} pairs a device and micro-step{chunks}, "
         f"{work.tokens_per_pair} tokens a pair, none of them shared",
         f"speed: {device.tflops(work.value_bytes):g} TFLOP/s at {device.mfu:.0%} efficiency, an assumption; "
         "4N operations a token",

@@ -10,7 +10,6 @@ from flipkd_dist.planner_shape import Shape
 
 FP32 = 4
 BLOCK, SECOND_BLOCK = 64, 256  # weights a scale, scales a second scale
-LARGEST_SEARCH = 2**20  # pairs per device
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,28 @@ class Layout:
 class Workload:
     """A micro-batch of one device: one pair a row, which is what packing can only improve on."""
 
-    pairs: int
+    pairs: int  # of a contrast batch, in all chunks
     tokens_per_pair: int
     value_bytes: int = 2  # of weights and activations: bf16 2, fp32 4
     lora_dropout: float = 0.05
     on_gpu: bool = True  # a GPU keeps a dropout mask in bytes, a CPU in the activation's precision
     double_quant: bool = True
     file_value_bytes: int = 2  # of the weights in the files
+    chunks: int = 1  # forwards of a micro-step; more than one run twice, with cached gradients
+
+    @property
+    def chunked(self) -> bool:
+        return self.chunks > 1
+
+    @property
+    def forward_pairs(self) -> int:
+        """Of the largest chunk."""
+        return math.ceil(self.pairs / self.chunks)
 
     @property
     def tokens(self) -> int:
-        return self.pairs * self.tokens_per_pair
+        """Of one forward."""
+        return self.forward_pairs * self.tokens_per_pair
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Memory:
     host: int
     load_peak: int
     peak: int
+    matrix: int = 0  # of the contrast, with the gathered read-outs
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -145,9 +156,9 @@ def layer_activations(shape: Shape, layout: Layout, work: Workload, first: bool 
     if layout.stage == 3 and not layout.load_in_4bit:
         copy = shape.query_width if shape.copies_attention or shape.eager else 0
         per_token += value * (shape.intermediate + copy + shape.hidden * (1 if first else 2))
-    scores = work.pairs * work.tokens_per_pair**2 * value  # the mask, added to the attention's scores
+    scores = work.forward_pairs * work.tokens_per_pair**2 * value  # the mask, added to the attention's scores
     if shape.eager:
-        scores += work.pairs * shape.num_heads * work.tokens_per_pair**2 * (FP32 + value)
+        scores += work.forward_pairs * shape.num_heads * work.tokens_per_pair**2 * (FP32 + value)
     return tokens * per_token + scores
 
 
@@ -172,7 +183,8 @@ def activation_bytes(shape: Shape, layout: Layout, work: Workload) -> tuple[int,
     anew from its input."""
     layer = layer_activations(shape, layout, work)
     ends = work.tokens * shape.hidden * (FP32 if shape.norm_in_fp32 else work.value_bytes)  # the last norm
-    ends += work.pairs * shape.lora_r * FP32 * 6  # read-outs
+    ends += work.forward_pairs * shape.lora_r * FP32 * 6  # read-outs
+    ends += work.pairs * shape.lora_r * FP32 * 4 if work.chunked else 0  # those of all chunks and their gradients
     if layout.gradient_checkpointing:
         kept = work.tokens * shape.hidden * work.value_bytes * shape.num_layers + ends
         return kept, kept + layer
@@ -188,8 +200,12 @@ def workspace_bytes(shape: Shape, layout: Layout, work: Workload) -> int:
     return stream + max(widest * work.tokens * work.value_bytes, unpacked)
 
 
-def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) -> Memory:
-    """Every component and the peak: what stays, and the larger of forward with backward and of the update."""
+def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, matrix: int = 0) -> Memory:
+    """Every component and the peak: what stays, and the larger of forward with backward and of the update.
+
+    Args:
+        matrix: bytes of the contrast, which stand beside the activations, in chunks between the two passes.
+    """
     stage, ranks, value = layout.stage, layout.world_size, work.value_bytes
     lora_value = lora_value_bytes(layout, work)
     share = math.ceil(shape.lora / ranks) if stage else shape.lora
@@ -209,14 +225,20 @@ def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) ->
         host = optimizer + share * FP32 + share * value + update  # fp32 gradient and a copy in the run's precision
         optimizer = update = 0
         gradients, late_gradients = 2 * shape.largest_lora * value, 0
+    passes = (0, 0) if stage == 3 else (buckets, gradients)
+    held = 0
+    if work.chunked:  # the whole gradient, from the first chunk's backward until all are reduced together
+        held, left = shape.lora * lora_value, share * value if stage and not layout.offload_optimizer else 0
+        gradients, passes = held + left, (passes[0], left if stage < 3 else 0)
     live, group = gather_bytes(shape, layout, work, zero)
     kept, activations = activation_bytes(shape, layout, work)
     workspace = workspace_bytes(shape, layout, work)
-    stays = (buckets, gradients) if stage == 3 else (0, 0)
-    passes = (0, 0) if stage == 3 else (buckets, gradients)
+    stays = (buckets, gradients - held) if stage == 3 else (0, 0)
     all_live = group == 0 or _all_stay_live(shape, layout, zero)
-    forward = kept + workspace + live + group
-    backward = max(activations + workspace, passes[1]) + live + (0 if all_live else group)
+    forward = kept + workspace + live + group + held
+    backward = max(activations + workspace, passes[1]) + live + (0 if all_live else group) + held
+    step = max(forward, passes[0] + backward)
+    step = max(step, matrix + live + held) if work.chunked else step + matrix
     return Memory(
         weights=weights,
         lora=lora,
@@ -228,7 +250,8 @@ def predict(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings) ->
         workspace=workspace,
         host=host,
         load_peak=load_peak(shape, layout, work, weights),
-        peak=weights + lora + optimizer + sum(stays) + max(forward, passes[0] + backward, late_gradients + update),
+        peak=weights + lora + optimizer + sum(stays) + max(step, late_gradients + update),
+        matrix=matrix,
     )
 
 
@@ -266,20 +289,3 @@ def load_peak(shape: Shape, layout: Layout, work: Workload, weights: int) -> int
         largest = shape.largest_linear * work.file_value_bytes
         working = max(packed + largest, embedding if layout.stage == 3 else 0)
     return weights + max(working, shape.lora * FP32)
-
-
-def largest_batch(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, memory: float) -> int:
-    """The most pairs per device whose peak stays within `memory` bytes; 0 where not even one does."""
-
-    def fits(pairs: int) -> bool:
-        one = Workload(**{**asdict(work), "pairs": pairs})
-        found = predict(shape, layout, one, zero)
-        return max(found.peak, found.load_peak) <= memory
-
-    low, high = 0, 1
-    while high <= LARGEST_SEARCH and fits(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -1,86 +1,25 @@
-"""Time and bytes of a step against the number of ranks, by arithmetic alone; the formulas stand in docs/plan.md.
+"""Time and bytes of a step at any number of ranks, by arithmetic alone; the formulas stand in docs/plan.md."""
 
-Shapes of the contrast matrix: m pairs of one rank (its rows), n pairs of all ranks (the columns), r the width of a
-read-out, d that of a teacher's vector.
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
-from flipkd_dist.planner import FP32, Layout, Workload, ZeroSettings, predict
+from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings, predict
 from flipkd_dist.planner_devices import Device
+from flipkd_dist.planner_matrix import Matrix
 from flipkd_dist.planner_shape import Shape
 from flipkd_dist.planner_speed import (
     busy_seconds,
     fetched_bytes,
     overlaps,
     readout_bytes,
+    reductions,
+    step_flops,
     update_seconds,
     weight_traffic,
 )
 
-# The host's part, measured on one core of an AVX2 processor with `benchmarks/played_rank.py`.
-ROW_S, ROW_VALUE_S = 0.25e-6, 1.25e-9  # to look up a vector: for itself, and for each of its numbers
-HOST_FLOPS = 5e10
-ENTRY_S = 4e-9  # of the matrix: which entries are known to match, kept, negative
-# Counted, operation by operation, in losses.py and contrast.py (tests/parity/test_scaling_parity.py).
-ENTRY_TOUCHED, VALUE_TOUCHED = 482, 126  # bytes read and written for an entry [m, n], for a value [n, r]
-GATHER_TOUCHED = 28  # of a value: padded blocks, joined and cut; their gradient
-ROWS_KEPT = 7  # bytes of an entry that the rows hold: the teacher's similarity and three masks
-ENTRY_PEAK, VALUE_KEPT, VALUE_PEAK = 47, 4, 20  # bytes at most: by entries in the losses, by values in their backward
+LARGEST_SEARCH = 2**20  # pairs of a forward
 SMALL = 3  # all-reduces of a few numbers in an optimizer step: counts, the gradient's norm, the request to stop
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A rank's rows of the contrast matrix in a micro-step."""
-
-    pairs: int
-    ranks: int
-    width: int
-    teacher_width: int
-    directions: int = 1  # 2 with loss.mcl_symmetric
-
-    @property
-    def columns(self) -> int:
-        return self.pairs * self.ranks
-
-    @property
-    def entries(self) -> int:
-        return self.pairs * self.columns
-
-    @property
-    def values(self) -> int:
-        return self.columns * self.width
-
-    def host_seconds(self) -> float:
-        """Vectors of all texts, their products, the masks; on one core."""
-        looked_up = (self.pairs + self.columns) * (ROW_S + ROW_VALUE_S * self.teacher_width)
-        product = 2 * self.entries * self.teacher_width / HOST_FLOPS
-        return self.directions * (looked_up + product + ENTRY_S * self.entries)
-
-    def flops(self) -> int:
-        """Of the cosines: forward, and backward to both sides."""
-        return self.directions * 6 * self.entries * self.width
-
-    def device_seconds(self, device: Device) -> float:
-        products = self.flops() / (device.fp32_tflops * 1e12 * device.mfu)
-        gathered = self.directions * GATHER_TOUCHED * self.values if self.ranks > 1 else 0
-        return products + (self.touched() + gathered) / (device.memory_gb_s * 1e9)
-
-    def touched(self) -> int:
-        """Bytes that the losses read and write, forward and backward, on both sides of the cosines."""
-        values = self.values + self.pairs * self.width
-        return self.directions * (ENTRY_TOUCHED * self.entries + VALUE_TOUCHED * values)
-
-    def memory(self) -> int:
-        """Bytes on the device at most, the gathered read-outs included."""
-        return self.directions * (ROWS_KEPT * self.entries + FP32 * self.values + self.losses_memory())
-
-    def losses_memory(self) -> int:
-        """Of them what the losses make themselves: the most is alive in L_MCL or behind the cosines."""
-        own = VALUE_KEPT * self.pairs * self.width
-        return own + max(ENTRY_PEAK * self.entries + VALUE_KEPT * self.values, VALUE_PEAK * self.values)
 
 
 @dataclass(frozen=True)
@@ -96,7 +35,7 @@ class ScaledStep:
     scatter_s: float  # their gradients, backward
     matrix_s: float
     update_s: float
-    host_s: float  # look-up, teacher's products, masks
+    host_s: float  # look-up, teacher's products, masks; in chunks some of it while the device waits
     step_s: float
     pairs_per_s: float
     weight_bytes: int  # that one device sends, as the next two
@@ -107,11 +46,28 @@ class ScaledStep:
     peak_bytes: int
 
     @property
+    def wire_bytes(self) -> int:
+        """What one device sends."""
+        return self.weight_bytes + self.gather_bytes + self.scatter_bytes
+
+    @property
     def bottleneck(self) -> str:
         """The largest of what is not the student's own computing."""
         parts = {"weights": self.weights_s, "read-outs": self.gather_s + self.scatter_s, "matrix": self.matrix_s}
         parts |= {"host": self.host_s, "update": self.update_s}
         return max(parts, key=parts.get)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One optimizer step of all workers; mfu counts 4 operations a frozen weight and token, whatever else was done."""
+
+    flops: float  # of one device
+    wire_bytes: int  # that one device sends
+    step_s: float
+    pairs_per_s: float
+    tokens_per_s: float
+    mfu_4n: float
 
 
 def ring_latency(ranks: int, device: Device) -> float:
@@ -137,11 +93,45 @@ def weight_collectives(
         return 0, 0
     buckets = ceil(shape.lora / zero.reduce_bucket_size) if zero.reduce_bucket_size else 1
     if layout.stage < 3:
-        return int(layout.stage > 0), SMALL + buckets * (micro_steps if layout.stage == 2 else 1)
+        return int(layout.stage > 0), SMALL + buckets * reductions(layout, work, micro_steps)
     largest = shape.largest_linear // 2 if layout.load_in_4bit else shape.largest_linear  # bytes hold two weights
-    group = max(zero.stage3_prefetch_bucket_size, largest / 2) * (1 if layout.load_in_4bit else work.value_bytes)
+    ahead = 0 if work.chunked else zero.stage3_prefetch_bucket_size  # chunks fetch a module at a time, as measured
+    group = max(ahead, largest / 2) * (1 if layout.load_in_4bit else work.value_bytes)
     fetches = ceil(fetched_bytes(shape, layout, work, zero) / group)
-    return micro_steps * (fetches + buckets), SMALL
+    return micro_steps * fetches + buckets * reductions(layout, work, micro_steps), SMALL
+
+
+def matrix_of(shape: Shape, layout: Layout, work: Workload, directions: int = 1) -> Matrix:
+    """The teacher's vectors are taken to be as wide as the read-outs."""
+    return Matrix(work.pairs, layout.world_size, shape.lora_r, shape.lora_r, directions, work.chunked)
+
+
+def step_memory(shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, directions: int = 1) -> Memory:
+    """Bytes on one device, the contrast matrix among them."""
+    return predict(shape, layout, work, zero, matrix_of(shape, layout, work, directions).memory())
+
+
+def largest_batch(
+    shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, memory: float, directions: int = 1
+) -> int:
+    """The most pairs of a forward whose peak stays within `memory` bytes; 0 where not even one does.
+
+    Where the share runs in chunks it is kept, and no forward takes more than all of it; else it is the forward's.
+    """
+    most = work.pairs if work.chunked else LARGEST_SEARCH
+
+    def fits(pairs: int) -> bool:
+        one = replace(work, chunks=ceil(work.pairs / pairs)) if work.chunked else replace(work, pairs=pairs)
+        found = step_memory(shape, layout, one, zero, directions)
+        return pairs <= most and max(found.peak, found.load_peak) <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def scaled_step(
@@ -159,7 +149,7 @@ def scaled_step(
         directions: 2 with `loss.mcl_symmetric`.
     """
     ranks, bandwidth = layout.world_size, device.wire_gb_s(layout.world_size) * 1e9
-    matrix = Matrix(work.pairs, ranks, shape.lora_r, shape.lora_r, directions)
+    matrix = matrix_of(shape, layout, work, directions)
     weight_bytes = sum(weight_traffic(shape, layout, work, zero, micro_steps))
     rounds, sums = weight_collectives(shape, layout, work, zero, micro_steps)
     sent = micro_steps * directions * readout_bytes(shape, work, ranks)  # forward, and again backward
@@ -168,9 +158,9 @@ def scaled_step(
     weights = weight_bytes / bandwidth + rounds * ring_latency(ranks, device) + sums * sum_latency(ranks, device)
     gathering = scattering = sent / bandwidth + times * ring_latency(ranks, device)
     on_device, update = micro_steps * matrix.device_seconds(device), update_seconds(shape, layout, work, device)
-    host = micro_steps * matrix.host_seconds()
+    ahead, waited = micro_steps * matrix.counted_seconds(), micro_steps * matrix.waited_seconds()
     step = max(compute, weights) if overlaps(layout, zero) else compute + weights
-    step = max(step + gathering + scattering + on_device + update, host)
+    step = max(step + gathering + scattering + on_device + waited + update, ahead)
     return ScaledStep(
         ranks=ranks,
         pairs=work.pairs,
@@ -181,7 +171,7 @@ def scaled_step(
         scatter_s=scattering,
         matrix_s=on_device,
         update_s=update,
-        host_s=host,
+        host_s=ahead + waited,
         step_s=step,
         pairs_per_s=micro_steps * matrix.columns / step,
         weight_bytes=int(weight_bytes),
@@ -189,5 +179,18 @@ def scaled_step(
         scatter_bytes=sent,
         collectives=rounds + sums + 2 * times,
         matrix_bytes=matrix.memory(),
-        peak_bytes=predict(shape, layout, work, zero).peak + matrix.memory(),
+        peak_bytes=step_memory(shape, layout, work, zero, directions).peak,
+    )
+
+
+def speed_of(shape: Shape, layout: Layout, work: Workload, device: Device, step: ScaledStep, micro_steps: int) -> Speed:
+    """The same step as `plan` reports it."""
+    tokens = micro_steps * work.pairs * work.tokens_per_pair
+    return Speed(
+        flops=step_flops(shape, layout, work, micro_steps),
+        wire_bytes=step.wire_bytes,
+        step_s=step.step_s,
+        pairs_per_s=step.pairs_per_s,
+        tokens_per_s=step.pairs_per_s * work.tokens_per_pair,
+        mfu_4n=tokens * 4 * shape.linear / (step.step_s * device.tflops(work.value_bytes) * 1e12),
     )

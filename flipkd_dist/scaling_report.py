@@ -1,10 +1,18 @@
 """`flipkd plan --scaling`: the configured layout at 1 to 1,024 workers, as a table or as JSON."""
 
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.plan_report import chosen_device, configured_layout, title, workload, zero_settings
+from flipkd_dist.plan_report import (
+    chosen_device,
+    configured_layout,
+    contrast_directions,
+    title,
+    workload,
+    zero_settings,
+)
 from flipkd_dist.planner import Layout, Workload
 from flipkd_dist.planner_devices import GIB, Device
 from flipkd_dist.planner_scaling import ScaledStep, scaled_step
@@ -50,7 +58,8 @@ def make_scaling(
     """Predict the configured layout at growing numbers of workers; starts nothing and loads no weights.
 
     Args:
-        kind: "weak" keeps the pairs per device, "strong" the contrast batch of the configured number of workers.
+        kind: "weak" keeps the pairs per device, "strong" the contrast batch of the configured number of workers,
+            which only numbers that divide it can share.
         num_workers: what "strong" takes in place of `distributed.num_workers`.
     Raises:
         UserError
@@ -62,14 +71,14 @@ def make_scaling(
     shape, chosen = student_shape(config), chosen_device(config, device, memory_gib, tflops, network_gb_s)
     workers = num_workers or config.distributed.num_workers
     layout, work = configured_layout(config, workers), workload(config, chosen, tokens_per_pair)
-    work = replace(work, pairs=config.train.per_device_train_batch_size)  # a chunked contrast batch is not modelled
     contrast_batch, zero = work.pairs * workers, zero_settings(config)[layout.stage]
-    steps, directions = config.train.gradient_accumulation_steps, 2 if config.loss.mcl_symmetric else 1
+    steps, directions = config.train.gradient_accumulation_steps, contrast_directions(config)
     found = []
     for ranks in WORLDS:
-        pairs = work.pairs if kind == "weak" else -(-contrast_batch // ranks)
-        if kind == "weak" or ranks <= contrast_batch:  # a rank without a pair only waits
-            here, batch = replace(layout, world_size=ranks), replace(work, pairs=pairs)
+        pairs = work.pairs if kind == "weak" else contrast_batch // ranks
+        if kind == "weak" or contrast_batch % ranks == 0:  # or it would be another batch
+            chunks = ceil(pairs / (config.train.mini_batch_size or pairs))
+            here, batch = replace(layout, world_size=ranks), replace(work, pairs=pairs, chunks=chunks)
             found.append(scaled_step(shape, here, batch, zero, chosen, steps, directions))
     return Scaling(shape.model_type, kind, chosen, layout, work, steps, shape.lora_r, tuple(found))
 

@@ -13,13 +13,15 @@ from tiny import pair_table, save_student, signals_of, unit_vectors
 from torch.utils.flop_counter import FlopCounterMode
 
 from flipkd_dist.batches import BatchMaker
+from flipkd_dist.chunks import RowBlocks
 from flipkd_dist.config import LossConfig, StudentConfig
 from flipkd_dist.contrast import contrast_rows
-from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum
+from flipkd_dist.contrast_terms import contrast_terms
 from flipkd_dist.order import Order
 from flipkd_dist.planner import Layout, Workload, ZeroSettings
 from flipkd_dist.planner_devices import DEVICES
-from flipkd_dist.planner_scaling import SMALL, Matrix, scaled_step, weight_collectives
+from flipkd_dist.planner_matrix import Matrix
+from flipkd_dist.planner_scaling import SMALL, scaled_step, weight_collectives
 from flipkd_dist.planner_shape import shape_of
 from flipkd_dist.step import TrainingStep
 from flipkd_dist.world import World
@@ -35,21 +37,23 @@ def folder(tmp_path_factory):
     return save_student(tmp_path_factory.mktemp("glm4"), "glm4", **SHAPE)
 
 
-def send(folder, stage, zero, micro_steps, symmetric) -> tuple[dict, dict, int]:
-    """Bytes and calls by kind of collective in the third step, which ZeRO-3 plans after the first two; entries held."""
+def send(folder, stage, zero, micro_steps, symmetric, mini_batch) -> tuple[dict, dict, int]:
+    """Bytes and calls by kind of collective in the third step, which ZeRO-3 plans after the first two; entries held,
+    0 in chunks."""
     world = World.current()
     engine, encoder = start(folder, stage, zero, torch.float32, False, SETTINGS)
     batch = PAIRS * world.size
     table = pair_table(3 * micro_steps * batch)
     make_batch = BatchMaker(encoder, engine.student, True)
     signals = signals_of(table, unit_vectors(len(table.texts)))
-    step = TrainingStep(engine, world, signals, make_batch, LossConfig(mcl_symmetric=symmetric))
+    step = TrainingStep(engine, world, signals, make_batch, LossConfig(mcl_symmetric=symmetric), mini_batch)
     order = Order(len(table), batch, micro_steps, seed=1)
     for number in range(3):
         with Sent() as sent:
             prepared = step.prepare(order.contrast_batches(number))
             step(prepared, 0.0)
-    return dict(sent.bytes), dict(sent.calls), prepared[0].directions[0].keep.numel()
+    entries = 0 if mini_batch else prepared[0].directions[0].keep.numel()
+    return dict(sent.bytes), dict(sent.calls), entries
 
 
 CASES = {
@@ -58,6 +62,9 @@ CASES = {
     "ZeRO-2, two micro-steps": dict(stage=2, micro_steps=2),
     "ZeRO-3": dict(stage=3),
     "ZeRO-3, few alive": dict(stage=3, zero=FEW_LIVE),
+    "ZeRO-2, two micro-steps in chunks": dict(stage=2, micro_steps=2, mini_batch=2),
+    "ZeRO-3 in chunks": dict(stage=3, mini_batch=2),
+    "ZeRO-3, few alive, in chunks": dict(stage=3, zero=FEW_LIVE, mini_batch=2),
 }
 
 
@@ -70,22 +77,24 @@ def test_the_model_says_what_a_rank_sends(folder, name, ranks):
         pytest.skip("one rank sends nothing, whatever the stage")
     zero = {**ZERO, **case.get("zero", {})}
     shape, settings = shape_of(folder, SETTINGS, RANK), ZeroSettings.of({"stage": stage, **zero})
-    layout, work = Layout(stage, ranks), Workload(PAIRS, 30, 4, on_gpu=False)
+    mini_batch = case.get("mini_batch")
+    layout, work = Layout(stage, ranks), Workload(PAIRS, 30, 4, on_gpu=False, chunks=PAIRS // (mini_batch or PAIRS))
     directions = 2 if symmetric else 1
     model = scaled_step(shape, layout, work, settings, DEVICES["cpu"], micro_steps, directions)
     planned = model.weight_bytes + model.gather_bytes + model.scatter_bytes
-    for sent, calls, entries in run_gang(ranks, send, folder, stage, zero, micro_steps, symmetric):
+    for sent, calls, entries in run_gang(ranks, send, folder, stage, zero, micro_steps, symmetric, mini_batch):
         print(f"\n{name}, {ranks} ranks: {sent}, {calls}; planned {planned}, {model.collectives}")
-        assert entries == PAIRS * PAIRS * ranks == Matrix(PAIRS, ranks, RANK, 16).entries
+        assert entries == (0 if mini_batch else Matrix(PAIRS, ranks, RANK, 16).entries)
         if ranks == 1:
             assert sum(sent.values()) == planned == 0
             continue
         assert sent["allgather_"] == model.gather_bytes > 0  # ours alone: DeepSpeed gathers into one tensor
-        # What few weights stay between forward and backward depends on where modules end.
-        assert sum(sent.values()) == pytest.approx(planned, rel=0.06 if "few" in name else 0, abs=NUMBERS)
+        # What few weights stay between forward and backward depends on where modules end; so do the calls of chunks.
+        by_module = "few" in name or name == "ZeRO-3 in chunks"
+        assert sum(sent.values()) == pytest.approx(planned, rel=0.06 if by_module else 0, abs=NUMBERS)
         # A training asks for the request to stop besides.
         made = sum(calls.values()) + 1
-        assert made == pytest.approx(model.collectives, rel=0.25 if "few" in name else 0, abs=0)
+        assert made == pytest.approx(model.collectives, rel=0.25 if by_module else 0, abs=0)
         rounds, sums = weight_collectives(shape, layout, work, settings, micro_steps)
         assert rounds + sums + 2 * micro_steps * directions == model.collectives and sums >= SMALL
 
@@ -116,10 +125,9 @@ def played(pairs: int, ranks: int, width: int) -> tuple[int, int, int, int]:
     readout_a, gathered_b = (torch.randn(count, width, requires_grad=True) for count in (pairs, columns))
     gc.collect()
     with FlopCounterMode(display=False) as flops, Touched() as touched:
-        similarity = cosine_matrix(readout_a, gathered_b)
-        arguments = rows.teacher_similarity, rows.anchor, rows.negative, rows.positive_column, 0.06
-        loss = distance_sum(similarity, rows.teacher_similarity, rows.keep) + contrastive_sum(similarity, *arguments)[0]
-        del similarity
+        terms = contrast_terms(readout_a, readout_a, None, gathered_b, [rows], LossConfig())
+        loss = terms.distance + terms.contrastive
+        del terms
         loss.backward()
     return flops.get_total_flops(), touched.bytes, touched.peak, sum(one.nbytes for one in held)
 
@@ -139,8 +147,8 @@ def test_a_ranks_matrix_grows_as_the_model_says(pairs, ranks, width):
 
 
 def test_what_a_rank_looks_up_grows_as_the_model_says():
-    """Every text of its rows and of all columns once, in one direction."""
-    asked = []
+    """Every text of its rows and of all columns once, in one direction; in blocks all columns for each of them."""
+    asked, in_blocks = [], []
     for ranks in (1, 64):
         table = pair_table(64 * ranks, shortest=6, longest=12)
         signals = signals_of(table, unit_vectors(len(table.texts)))
@@ -149,4 +157,9 @@ def test_what_a_rank_looks_up_grows_as_the_model_says():
         reader.at = lambda rows, at=at, counted=counted: (counted.append(len(rows)), at(rows))[1]
         contrast_rows(signals, np.arange(64 * ranks), slice(0, 64), 0.5)
         asked.append(sum(counted))
+        counted.clear()
+        list(RowBlocks(signals, np.arange(64 * ranks), slice(0, 64), LossConfig()))
+        in_blocks.append(sum(counted))
+        assert in_blocks[-1] == 64 + Matrix(64, ranks, RANK, 16, in_blocks=True).blocks * 64 * ranks
     assert asked == [64 + 64, 64 + 4096]
+    assert in_blocks == [64 + 64, 64 + 2 * 4096]

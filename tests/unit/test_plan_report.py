@@ -13,6 +13,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.plan_report import Plan, layouts, make_plan, table
 from flipkd_dist.planner import Layout
 from flipkd_dist.planner_devices import DEFAULT, DEVICES, GIB, USABLE, find_device
+from flipkd_dist.planner_shape import student_shape
 
 SMALL = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 
@@ -126,8 +127,16 @@ def test_activations_are_those_of_one_forward(config_file):
     folder = config_file.parent / "student"
     chunked = configured(folder, train={"per_device_train_batch_size": 512, "mini_batch_size": 8})
     whole = configured(folder, train={"per_device_train_batch_size": 8})
-    found, expected = ([row.memory.activations for row in make_plan(one).rows] for one in (chunked, whole))
-    assert found == expected
+    plan = make_plan(chunked)
+    found, expected = ([row.memory.activations for row in one.rows] for one in (plan, make_plan(whole)))
+    readouts = 512 * 32 * 4 * 4  # of all chunks and their gradients
+    assert found == [count + readouts for count in expected]
+    assert "512 pairs a device and micro-step in 64 chunks" in table(plan)
+    assert plan.recommendation.pairs == 8 and "fits 8 pairs a forward" in plan.recommendation.reason
+    speed = plan.rows[0].speed
+    assert speed.tokens_per_s == pytest.approx(256 * speed.pairs_per_s) and speed.pairs_per_s * speed.step_s == 512
+    mfu = 512 * 256 * 4 * student_shape(chunked).linear / (speed.step_s * plan.device.bf16_tflops * 1e12)
+    assert speed.mfu_4n == pytest.approx(mfu)
 
 
 def test_a_policy_of_ones_own_counts(tmp_path, config_file):

@@ -15,14 +15,14 @@ from flipkd_dist.planner import (
     ZeroSettings,
     activation_bytes,
     gather_bytes,
-    largest_batch,
     packed_bytes,
     predict,
     quant_state,
 )
 from flipkd_dist.planner_devices import DEVICES
+from flipkd_dist.planner_scaling import largest_batch, scaled_step, step_memory
 from flipkd_dist.planner_shape import Shape, Target, shape_of
-from flipkd_dist.planner_speed import flops_per_token, predict_speed, wire_bytes
+from flipkd_dist.planner_speed import flops_per_token
 
 # Two layers of width 8: q and o of 8 x 8, k and v of 8 x 4, a gated MLP of 16; LoRA of rank 2 on q, k, v, o.
 Q, K = 8 * 8, 8 * 4
@@ -165,15 +165,19 @@ def test_the_largest_batch_is_the_last_that_fits(checkpointing):
     layout, memory = Layout(2, 2, gradient_checkpointing=checkpointing), 1e6
     most = largest_batch(SHAPE, layout, BF16, NO_BUCKET, memory)
     assert most > 3
-    peaks = [predict(SHAPE, layout, replace(BF16, pairs=pairs), NO_BUCKET).peak for pairs in (most, most + 1)]
+    peaks = [step_memory(SHAPE, layout, replace(BF16, pairs=pairs), NO_BUCKET).peak for pairs in (most, most + 1)]
     assert peaks[0] <= memory < peaks[1]
     assert largest_batch(SHAPE, layout, BF16, NO_BUCKET, 1000) == 0
 
 
 def test_operations_of_a_token():
     attention = 4 * 5 * 8 * 2
-    assert flops_per_token(SHAPE, 5, False) == 4 * 1152 + 6 * 224 + 3 * attention
-    assert flops_per_token(SHAPE, 5, True) - flops_per_token(SHAPE, 5, False) == 2 * 1152 + 2 * 224 + attention
+    assert flops_per_token(SHAPE, 5, 1) == 4 * 1152 + 6 * 224 + 3 * attention
+    assert flops_per_token(SHAPE, 5, 2) - flops_per_token(SHAPE, 5, 1) == 2 * 1152 + 2 * 224 + attention
+
+
+def wire_bytes(*arguments, micro_steps=1) -> int:
+    return scaled_step(*arguments, DEVICES["h200"], micro_steps).wire_bytes
 
 
 def test_bytes_on_the_wire():
@@ -191,13 +195,10 @@ def test_bytes_on_the_wire():
 
 def test_the_time_of_a_step():
     device = replace(DEVICES["h200"], bf16_tflops=1e-9, mfu=0.5, memory_gb_s=1e9)
-    found = predict_speed(SHAPE, Layout(0), BF16, ZeroSettings(), device, micro_steps=2)
-    assert found.flops == 2 * 15 * flops_per_token(SHAPE, 5, False)
-    assert found.step_s == pytest.approx(found.flops / 500)
+    found = scaled_step(SHAPE, Layout(0), BF16, ZeroSettings(), device, micro_steps=2)
+    assert found.step_s == pytest.approx(2 * 15 * flops_per_token(SHAPE, 5, 1) / 500)
     assert found.pairs_per_s == pytest.approx(6 / found.step_s)
-    assert found.tokens_per_s == pytest.approx(30 / found.step_s)
-    assert found.mfu_4n == pytest.approx(30 * 4 * 1152 / (found.step_s * 1000))
-    packed = predict_speed(SHAPE, Layout(0, load_in_4bit=True), BF16, ZeroSettings(), replace(device, unpack_per_s=1e3))
+    packed = scaled_step(SHAPE, Layout(0, load_in_4bit=True), BF16, ZeroSettings(), replace(device, unpack_per_s=1e3))
     assert packed.step_s == pytest.approx(found.step_s / 2 + 2 * 1152 / 1e3)
 
 

@@ -6,6 +6,8 @@ import pytest
 from test_plan_report import config_file, configured, run  # noqa: F401
 
 from flipkd_dist.errors import UserError
+from flipkd_dist.plan_report import make_plan
+from flipkd_dist.planner import Layout
 from flipkd_dist.scaling_report import WORLDS, make_scaling, table
 
 
@@ -26,8 +28,9 @@ def test_strong_scaling_keeps_the_contrast_batch(config_file):  # noqa: F811
     value = json.loads(result.output)
     assert value["version"] == 1 and value["kind"] == "strong" and value["layout"]["world_size"] == 3
     steps = value["steps"]
-    assert [step["ranks"] for step in steps] == [1, 2, 4, 8, 16, 32, 64]  # of 96 pairs
-    assert [step["pairs"] for step in steps] == [96, 48, 24, 12, 6, 3, 2]
+    assert [step["ranks"] for step in steps] == [1, 2, 4, 8, 16, 32]  # 64 do not divide 96 pairs
+    assert [step["pairs"] for step in steps] == [96, 48, 24, 12, 6, 3]
+    assert {step["columns"] for step in steps} == {96}
     assert steps[0]["efficiency"] == 1 and steps[-1]["efficiency"] < 0.5 and steps[-1]["bottleneck"] == "weights"
 
 
@@ -45,6 +48,29 @@ def test_the_configuration_decides_layout_and_direction(config_file):  # noqa: F
         config.model_copy(update={"loss": config.loss.model_copy(update={"mcl_symmetric": True})}), "weak"
     )
     assert both.steps[-1].gather_bytes == 2 * found.steps[-1].gather_bytes
+
+
+def test_the_plan_and_its_scaling_say_the_same(config_file):  # noqa: F811
+    folder, zero = config_file.parent / "student", "ds_configs/zero3.json"
+    train = {"per_device_train_batch_size": 64, "mini_batch_size": 10, "gradient_accumulation_steps": 2}
+    config = configured(folder, distributed={"deepspeed": zero}, train=train, loss={"mcl_symmetric": True})
+    step = make_scaling(config, "weak").steps[4]
+    assert (step.ranks, step.pairs) == (16, 64)
+    rows = make_plan(config, num_workers=16).rows
+    (row,) = (row for row in rows if row.layout == Layout(3, 16))
+    assert (row.speed.step_s, row.speed.pairs_per_s) == (step.step_s, step.pairs_per_s)
+    assert (row.speed.wire_bytes, row.memory.peak) == (step.wire_bytes, step.peak_bytes)
+    assert row.memory.matrix == step.matrix_bytes > 0
+
+
+def test_chunks_follow_the_pairs_of_a_device(config_file):  # noqa: F811
+    folder = config_file.parent / "student"
+    train = {"per_device_train_batch_size": 64}
+    whole = make_scaling(configured(folder, train=train), "strong", num_workers=4).steps
+    chunked = make_scaling(configured(folder, train=train | {"mini_batch_size": 64}), "strong", num_workers=4).steps
+    slower = [one.compute_s > other.compute_s for one, other in zip(chunked, whole, strict=True)]
+    assert [step.pairs for step in chunked] == [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert slower == [True, True, *[False] * 7]
 
 
 def test_a_number_of_workers_that_would_be_ignored_is_refused(config_file):  # noqa: F811
