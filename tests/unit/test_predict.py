@@ -119,7 +119,8 @@ def test_cut_pairs_are_counted_over_all_windows(matcher, monkeypatch, caplog):
     monkeypatch.setattr("flipkd_dist.token_batches.WINDOW_PAIRS", 5)
     monkeypatch.setattr(predict.logger, "propagate", True)
     expected = matcher.predict([*TEXTS[:12], TEXTS[-4], TEXTS[-4]])
-    assert caplog.messages == ["predict: 2 of 14 pairs were cut to the maximum length"]
+    # A set: pytest may listen at the logger and at the root, where an earlier test has stopped propagation.
+    assert set(caplog.messages) == {"predict: 2 of 14 pairs were cut to the maximum length"}
     monkeypatch.setattr("flipkd_dist.token_batches.WINDOW_PAIRS", 4096)
     found = matcher.predict([*TEXTS[:12], TEXTS[-4], TEXTS[-4]])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
