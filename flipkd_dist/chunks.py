@@ -29,6 +29,7 @@ from flipkd_dist.signals import TeacherSignals
 from flipkd_dist.world import World
 
 BLOCK_ENTRIES = 2**17  # of the matrix at a time: about a dozen temporaries of half a MiB
+BLOCK_ROWS = 64  # at least, however many columns: every block looks all columns up
 
 
 def chunk_slices(num_rows: int, most_rows: int, chunk_size: int | None) -> list[slice]:
@@ -65,7 +66,7 @@ class RowBlocks:
         return total
 
     def _slices(self) -> Iterator[slice]:
-        size = max(1, BLOCK_ENTRIES // max(1, len(self.batch)))
+        size = max(BLOCK_ROWS, BLOCK_ENTRIES // max(1, len(self.batch)))
         for start in range(self.own.start, self.own.stop, size):
             yield slice(start, min(start + size, self.own.stop))
 

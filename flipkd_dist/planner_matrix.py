@@ -6,7 +6,7 @@ Shapes: m pairs of one rank (its rows), n pairs of all ranks (the columns), r th
 from dataclasses import dataclass
 from math import ceil
 
-from flipkd_dist.chunks import BLOCK_ENTRIES
+from flipkd_dist.chunks import BLOCK_ENTRIES, BLOCK_ROWS
 from flipkd_dist.planner import FP32
 from flipkd_dist.planner_devices import Device
 
@@ -46,7 +46,7 @@ class Matrix:
 
     @property
     def block_rows(self) -> int:
-        return min(self.pairs, max(1, BLOCK_ENTRIES // self.columns)) if self.in_blocks else self.pairs
+        return min(self.pairs, max(BLOCK_ROWS, BLOCK_ENTRIES // self.columns)) if self.in_blocks else self.pairs
 
     @property
     def blocks(self) -> int:

@@ -79,7 +79,7 @@ def train(
     Sums and unclipped gradients of each, the weights at the end, and what passed through the engine.
     """
     world = World.current()
-    chunks.BLOCK_ENTRIES = 2 * contrast_batch  # in this forked process alone
+    chunks.BLOCK_ENTRIES, chunks.BLOCK_ROWS = 2 * contrast_batch, 1  # in this forked process alone
     engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip, policy, **settings)
     student = engine.student
     if checkpointing:

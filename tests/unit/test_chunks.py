@@ -40,12 +40,13 @@ def signals():
 
 @pytest.mark.parametrize("entries", [1, 50, 2**17])
 def test_blocks_are_the_matrix(signals, monkeypatch, entries):
-    """Row for row, in both directions; none holds more entries than it may, or one row."""
+    """Row for row, in both directions; none holds more entries than it may, or two rows."""
     monkeypatch.setattr(chunks, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(chunks, "BLOCK_ROWS", 2)
     batch, own, loss = np.arange(20)[::-1].copy(), slice(4, 17), LossConfig(mcl_symmetric=True)
     whole = directions(signals, batch, own, loss)
     blocks = list(RowBlocks(signals, batch, own, loss))
-    assert all(rows[0].keep.numel() <= max(entries, 20) for _, rows in blocks)
+    assert all(rows[0].keep.numel() <= max(entries, 2 * 20) for _, rows in blocks)
     assert [row for place, _ in blocks for row in range(13)[place]] == list(range(13))
     for direction in (0, 1):
         for name in ContrastRows.__dataclass_fields__:
@@ -60,6 +61,7 @@ def test_blocks_are_the_matrix(signals, monkeypatch, entries):
 def test_gradients_of_the_readouts(signals, monkeypatch, symmetric):
     """Block by block as over the whole matrix; the terms are sums of the blocks'."""
     monkeypatch.setattr(chunks, "BLOCK_ENTRIES", 100)
+    monkeypatch.setattr(chunks, "BLOCK_ROWS", 2)
     loss = LossConfig(margin=0.3, mcl_symmetric=symmetric)
     batch, own, scale = np.arange(20), slice(0, 20), torch.tensor([0.0, 2.0, 3.0])
     readouts = [torch.randn(20, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
