@@ -98,6 +98,8 @@ def predict_file(
     """
     check_output(output)
     check_not_input(output, source)
+    if next(read_texts(source, text_a, text_b), None) is None:  # before a registered adapter is fetched
+        raise UserError(f"--input {source}: no pairs in it: name a file that has some")
     with local_adapter(model, tracking_uri) as adapter:
         encoder = saved_encoder(adapter, base_model)
 
@@ -105,8 +107,6 @@ def predict_file(
             return ({**one.record, **ANSWER} for one in check_tokens(read_texts(source, text_a, text_b), encoder))
 
         num_pairs, columns = stream_columns(checked, known_extension(output))
-        if not num_pairs:
-            raise UserError(f"--input {source}: no pairs in it: name a file that has some")
         matcher = Matcher(adapter, base_model)
     with progress(num_pairs, "predict") as done:
         answers = answered(matcher, read_texts(source, text_a, text_b), limits, done)

@@ -1,7 +1,7 @@
 """The verb `rank`: queries with their candidates in, each list sorted by p(match) out, window by window."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +70,10 @@ def rank_file(
     if format in ("csv", "tsv"):
         raise UserError(f"--output {output}: {format.upper()} holds no rankings: use .jsonl, .parquet or {TREC}")
     lists = list_source(source, queries, corpus, text_a, candidates)
-    with local_adapter(model, tracking_uri) as adapter, lists as read:
+    with lists as read, ExitStack() as held:
+        if next(read(), None) is None:  # before a registered adapter is fetched
+            raise UserError(f"--input {source}: no queries in it: name a file that has some")
+        adapter = held.enter_context(local_adapter(model, tracking_uri))
         num_pairs = 0
         encoder = saved_encoder(adapter, base_model)
 
@@ -83,8 +86,6 @@ def rank_file(
                 yield {**one.record, **EXAMPLE}
 
         num_queries, columns = stream_columns(checked, format)
-        if not num_queries:
-            raise UserError(f"--input {source}: no queries in it: name a file that has some")
         matcher = Matcher(adapter, base_model)
         with progress(num_pairs, "rank") as done:
             rankings = rank_lists(matcher, read(), top_k, limits, done)
