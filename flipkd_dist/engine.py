@@ -134,8 +134,8 @@ class DeepSpeedEngine:
     def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-        # ZeRO-3 keeps the modules that are under way here, and those that were left stay. Its order of fetching bears
-        # a forward that ends early: it is the beginning of the whole one, and each forward starts it anew.
+        # ZeRO-3 keeps the modules that are under way here, and those that were left would stay. Its order of fetching
+        # starts anew with each forward; one that ends early costs it what it would fetch ahead (docs/method.md).
         depth = len(FWD_MODULE_STACK)
         found = self.student.readouts(**batch)
         del FWD_MODULE_STACK[depth:]
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
                     parameter.grad = None
                 raise
             finally:
-                self.coalescing = False
+                self.coalescing, self.sums = False, {}
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.coalescing)
