@@ -5,7 +5,8 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from flipkd_dist.order import Order, rows_of_rank
+from flipkd_dist.config import validate
+from flipkd_dist.order import Order, rows_of_rank, training_order
 
 
 def test_an_epoch_holds_every_pair_once_with_a_ragged_tail():
@@ -52,6 +53,19 @@ def test_pairs_of_one_first_text_stay_side_by_side():
     assert order.contrast_batches(0)[0].tolist() != order.contrast_batches(1)[0].tolist()
     alone = Order(21, 21, 1, 5, texts).contrast_batches(0)[0]
     assert alone.tolist() == Order(21, 21, 1, 5).contrast_batches(0)[0].tolist()
+
+
+def test_a_runs_order_is_that_of_its_settings():
+    train = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "group_size": 4, "num_train_epochs": 2}
+    config = validate({"name": "x", "seed": 5, "train": train}, "x.yaml")
+    texts = np.repeat(np.arange(6), 4)
+    order, num_steps = training_order(config, texts, world_size=2)
+    assert num_steps == 2 * 2 and [len(batch) for batch in order.contrast_batches(0)] == [6, 6]
+    expected = Order(24, 6, 2, 5, texts, group_size=4)
+    for step in range(num_steps):
+        found = np.concatenate(order.contrast_batches(step))
+        assert found.tolist() == np.concatenate(expected.contrast_batches(step)).tolist()
+        assert all(len(set(texts[four])) == 1 for four in found.reshape(-1, 4))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 8, 11])
