@@ -48,6 +48,10 @@ class AdapterCard:
     load_in_4bit: bool = False
     bnb_4bit_quant_type: str = "nf4"
     bnb_4bit_use_double_quant: bool = True
+    tuning: str = "lora"
+    mode: str = "pair"
+    readout: str = "lora_a"
+    bidirectional: bool = False
     format_version: int = CARD_FORMAT
 
     @property

@@ -67,6 +67,7 @@ class TeacherConfig(Section):
     scores: Paths = None  # files of scored pairs, taken in place of the cosine
     scale: Literal["auto", "cosine", "probability", "logit"] = "auto"  # of cross_encoder and scores
     calibrate: bool = False  # map similarities to the probability of a match, fitted on the training pairs
+    store_path: str | None = None  # a store that several runs share; null: teacher/ in the run folder
 
     @field_validator("num_workers")
     @classmethod
@@ -105,7 +106,10 @@ class StudentConfig(Section):
     prompt: str | None = None  # a template's name, or a text with {text_a} and {text_b}
     answers: list[Any] = ["Yes", "No"]
     attn_implementation: str = "auto"
-    tuning: Literal["lora"] = "lora"
+    tuning: Literal["lora", "full"] = "lora"  # full: every weight of the base
+    mode: Literal["pair", "alone"] = "pair"  # alone: each text by itself; p(match) is (1 + cosine) / 2 then
+    readout: Literal["auto", "lora_a", "lasttoken", "mean"] = "auto"  # auto: lora_a, with full tuning mean
+    bidirectional: bool = False  # texts alone are read in both directions
 
     @field_validator("answers")
     @classmethod
@@ -115,6 +119,23 @@ class StudentConfig(Section):
         if len(answers) != 2 or not all(isinstance(answer, str) and answer for answer in answers):
             raise ValueError('must be two texts, the matching one first, such as ["Yes", "No"]')
         return answers
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StudentConfig":
+        if self.tuning == "full" and self.load_in_4bit:
+            raise ValueError("tuning: full moves every weight, load_in_4bit freezes them: take one of the two")
+        if self.tuning == "full" and self.readout == "lora_a":
+            raise ValueError("readout: lora_a needs tuning: lora; take mean or lasttoken")
+        if self.bidirectional and self.mode == "pair":
+            raise ValueError("bidirectional: a pair's answer is read causally: set mode to alone")
+        return self
+
+    @property
+    def reads(self) -> Literal["lora_a", "lasttoken", "mean"]:
+        """The read-out that `auto` stands for."""
+        if self.readout != "auto":
+            return self.readout
+        return "lora_a" if self.tuning == "lora" else "mean"
 
 
 class LossConfig(Section):
@@ -128,7 +149,7 @@ class LossConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     mcl_negative_margin: Literal["negative", "anchor"] = "negative"
     mcl_symmetric: bool = False
-    contrastive: Literal["mcl"] = "mcl"
+    contrastive: Literal["mcl", "infonce", "arccse", "kdmcse"] = "mcl"
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "LossConfig":
@@ -158,6 +179,7 @@ class TrainConfig(Section):
     eval_steps: Positive | None = None  # optimizer steps; null: save_steps, then an epoch
     logging_steps: Positive = 10  # optimizer steps
     keep_checkpoints: Positive = 5
+    test_checkpoints: Positive = 1  # the best on validation, whose test results are averaged; 5 in the paper
     profile: bool = False  # PyTorch's trace of a few steps from every rank
 
     @property
@@ -180,6 +202,7 @@ class TrackingConfig(Section):
     experiment: str = "flipkd"
     registered_model: str | None = None  # null: the run's name
     alias: str = "champion"
+    parent_run_id: str | None = None  # the MLflow run under which this one is nested
 
 
 class RunConfig(Section):

@@ -23,6 +23,7 @@ NOT_DECISIVE = {
         "api_base",  # a server may move; its model is known by the vector of a probe
         "api_key_env",
         "requests_per_minute",
+        "store_path",
     ),
     "student": ("bnb_4bit_quant_storage",),  # the values are the same
     "train": (
@@ -32,6 +33,7 @@ NOT_DECISIVE = {
         "per_device_eval_batch_size",
         "logging_steps",
         "keep_checkpoints",
+        "test_checkpoints",
         "profile",
     ),
 }

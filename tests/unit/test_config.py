@@ -42,6 +42,7 @@ DEFAULTS = {
         "scores": None,
         "scale": "auto",
         "calibrate": False,
+        "store_path": None,
     },
     "teach": {
         "loss": "cosine",
@@ -68,6 +69,9 @@ DEFAULTS = {
         "answers": ["Yes", "No"],
         "attn_implementation": "auto",
         "tuning": "lora",
+        "mode": "pair",
+        "readout": "auto",
+        "bidirectional": False,
     },
     "loss": {
         "sup_weight": 1.0,
@@ -101,6 +105,7 @@ DEFAULTS = {
         "eval_steps": None,
         "logging_steps": 10,
         "keep_checkpoints": 5,
+        "test_checkpoints": 1,
         "profile": False,
     },
     "distributed": {
@@ -111,7 +116,13 @@ DEFAULTS = {
         "storage_path": None,
         "timeout_s": 600,
     },
-    "tracking": {"mlflow_tracking_uri": None, "experiment": "flipkd", "registered_model": None, "alias": "champion"},
+    "tracking": {
+        "mlflow_tracking_uri": None,
+        "experiment": "flipkd",
+        "registered_model": None,
+        "alias": "champion",
+        "parent_run_id": None,
+    },
 }
 
 

@@ -1,0 +1,74 @@
+"""What a comparison is made of: rows of a table, each several runs, and the scores of every run on the same pairs.
+
+Shapes: N pairs of a split, k checkpoints of a run.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flipkd_dist.pairs import PairTable
+
+READINGS = ("p_match", "similarity")  # the two answers of a student; an encoder has the second alone
+METRICS = ("accuracy", "f1", "roc_auc")
+REFERENCE = "lora_sup"  # the row that all are tested against
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: an ordinary run with these overrides, once for every seed."""
+
+    name: str  # of letters that a folder's name may have
+    title: str
+    overrides: dict[str, object]  # dotted key -> value
+    formula: str = ""
+    source: str = ""
+    kind: str = "student"  # untrained: the base as it is; classic: an encoder that a student taught; teacher; overlap
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run's training, summed over its ranks where it adds up."""
+
+    seconds: float
+    tokens: int  # that are not padding
+    peak_memory: int  # bytes, of the rank that had most
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Of one run: what it says of every pair, by each of its best checkpoints."""
+
+    seed: int
+    steps: list[int]  # k, the best on validation first
+    scores: dict[str, dict[str, np.ndarray]]  # reading -> split -> float64 [k, N]
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class RowScores:
+    row: Row
+    runs: list[RunScores]  # a seed each; one of those that do not depend on it
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Similarities of a few test pairs' first texts (rows) with their second texts: float [s, s] each."""
+
+    pairs: list[int]  # s numbers of test pairs, matching ones, those of one group side by side
+    teacher: np.ndarray
+    student: np.ndarray  # cosine of the read-outs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the statistics and the report are made of."""
+
+    name: str
+    pairs: dict[str, PairTable]  # validation and test
+    rows: list[RowScores]
+    matrices: dict[str, Matrix] = field(default_factory=dict)  # of some rows' first runs, by row name
+
+    def row(self, name: str) -> RowScores | None:
+        return next((found for found in self.rows if found.row.name == name), None)
