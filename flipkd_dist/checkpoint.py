@@ -180,9 +180,16 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def best_checkpoints(folder: Path, count: int) -> list[Checkpoint]:
+    """The `count` best on validation, or all there are: the best one first, the later one of equals."""
+    candidates = [found for found in checkpoints(folder) if found.manifest["probes"]]
+    return sorted(candidates, key=lambda found: found.merit, reverse=True)[:count]
+
+
 def best_checkpoint(folder: Path) -> Checkpoint:
     """The best validation score, the later one of equals; the last one where nothing was validated."""
-    return max((found for found in checkpoints(folder) if found.manifest["probes"]), key=lambda c: c.merit)
+    [best] = best_checkpoints(folder, 1)
+    return best
 
 
 def keep_checkpoints(folder: Path, count: int) -> None:

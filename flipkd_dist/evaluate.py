@@ -148,6 +148,13 @@ def thresholds_from(rows: dict[str, np.ndarray] | None, pairs: PairTable | None)
     return {row: best_threshold(scores[mask], pairs.label[mask]) for row, scores in rows.items()}
 
 
+def tables_by_split(metrics: dict | None) -> dict[str, dict[str, dict]]:
+    """The tables of metrics.json; what else stands there is left out."""
+    return {
+        name: value for name, value in (metrics or {}).items() if isinstance(value, dict) and name != "test_checkpoints"
+    }
+
+
 def format_table(metrics: dict[str, dict[str, dict]]) -> str:
     """The metrics as fixed-width text."""
     names = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from flipkd_dist.beir_folder import is_beir_folder
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
-from flipkd_dist.evaluate import format_table, pair_texts
+from flipkd_dist.evaluate import format_table, pair_texts, tables_by_split
 from flipkd_dist.pair_stream import PairStream
 from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
@@ -69,7 +69,7 @@ class Pipeline:
         self.folder = self.inputs.folder
         _announce_taught(self.inputs)
         self.trained = self.inputs.digest("train", "validation")
-        self.evaluated = self.inputs.digest("train", "validation", "test")
+        self.evaluated = digest(self.inputs.digest("train", "validation", "test"), self.config.train.test_checkpoints)
         self.scored_splits = [split for split in ("validation", "test") if split in self.inputs.splits]
         self.folder.check_trained(self.trained)
         if on_ray:
@@ -131,6 +131,24 @@ class Pipeline:
             _say("evaluate", start)
         print(self.table())
 
+    def untrained(self) -> None:
+        """Evaluate the base as it is, in a run of its own.
+
+        Raises:
+            UserError: the run has trained something, or there is nothing to evaluate on.
+        """
+        if not self.scored_splits:
+            raise UserError("data.validation and data.test are both missing: name pairs to evaluate on")
+        if self.folder.adapter.exists() or self.folder.checkpoints.exists():
+            raise UserError(f"name: {self.folder.path} holds a training: choose another name for the untrained base")
+        if self.complete("untrained", self.evaluated):
+            return
+        check_reached(self.folder.teacher)
+        start = time.monotonic()
+        run_workers(self.config, ["untrained"], None)
+        self._report_evaluation("untrained")
+        _say("untrained", start)
+
     def register(self) -> None:
         self.folder.require_adapter()
         tracking = self.config.tracking
@@ -165,16 +183,17 @@ class Pipeline:
         write_json(path, {"run_id": run_id, "uri": tracking_uri(self.config), "training": self.trained})
         return run_id
 
-    def _report_evaluation(self) -> None:
-        self.folder.mark_done("evaluate", self.evaluated)
+    def _report_evaluation(self, stage: str = "evaluate") -> None:
+        self.folder.mark_done(stage, self.evaluated)
         run_id = (read_json(self.folder.path / RUN_FILE) or {}).get("run_id")
         tracker = RunLogger(tracking_uri(self.config), run_id)
         metrics = read_json(self.folder.metrics)
+        means = {key: value for key, value in metrics.get("test_checkpoints", {}).items() if key != "steps"}
+        tables = tables_by_split(metrics) | {f"mean_{split}": table for split, table in means.items()}
         tracker.metrics(
             {
                 f"{split}.{row}.{key}": value
-                for split, table in metrics.items()
-                if isinstance(table, dict)
+                for split, table in tables.items()
                 for row, figures in table.items()
                 for key, value in figures.items()
                 if value is not None
@@ -185,8 +204,7 @@ class Pipeline:
 
     def table(self) -> str:
         """The metrics as text: test where there are test pairs, else validation."""
-        metrics = read_json(self.folder.metrics) or {}
-        tables = {name: table for name, table in metrics.items() if isinstance(table, dict)}
+        tables = tables_by_split(read_json(self.folder.metrics))
         text = format_table({name: table for name, table in tables.items() if name.startswith("test")} or tables)
         if "validation" not in tables:
             text += "\nthresholds are 0.5: there are no validation pairs to choose them on"

@@ -143,6 +143,11 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
             )
     else:
         four_bit_form(config.student, torch.bfloat16 if config.train.bf16 else torch.float32)
+    if config.train.test_checkpoints > config.train.keep_checkpoints:
+        raise UserError(
+            f"train.test_checkpoints: {config.train.test_checkpoints} are to be tested, train.keep_checkpoints keeps "
+            f"{config.train.keep_checkpoints}: keep as many"
+        )
     folder = RunFolder(config)
     folder.check()
     tables = {}

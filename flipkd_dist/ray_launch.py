@@ -74,14 +74,17 @@ def _worker(work: dict[str, Any]) -> None:
     config = validate(work["config"], "the driver's configuration")
     try:
         for stage in work["stages"]:
-            train(config, work["mlflow_run_id"]) if stage == "train" else evaluate(config)
+            if stage == "train":
+                train(config, work["mlflow_run_id"])
+            else:
+                evaluate(config, untrained=stage == "untrained")
     except StoppedOnRequest as stopped:  # no failure, of which Ray would print a traceback
         if World.current().is_main:
             write_whole(RunFolder(config).stop, str(stopped))
 
 
 def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None) -> None:
-    """Run `train` and/or `evaluate` on `distributed.num_workers` workers of one process group.
+    """Run `train` and/or `evaluate`, or `untrained`, on `distributed.num_workers` workers of one process group.
 
     Raises:
         UserError, StoppedOnRequest: as raised in a worker.

@@ -8,7 +8,7 @@ import numpy as np
 from flipkd_dist.adapter import AdapterCard
 from flipkd_dist.config import RunConfig, TeacherConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.evaluate import format_table
+from flipkd_dist.evaluate import format_table, tables_by_split
 from flipkd_dist.predict import Matcher
 from flipkd_dist.run_folder import read_json, write_whole
 from flipkd_dist.tracking import download_model, load_registered, log_pyfunc, point_alias
@@ -28,7 +28,7 @@ def _teacher_name(teacher: TeacherConfig) -> str:
 
 def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> str:
     """README.md of the adapter and description of the registered version."""
-    tables = {name: table for name, table in (metrics or {}).items() if isinstance(table, dict)}
+    tables = tables_by_split(metrics)
     return "\n".join(
         [
             "---",

@@ -298,6 +298,11 @@ SETTINGS = {
         "distributed.deepspeed is null, which trains on one worker",
         ": name a file or set num_workers to 1",
     ),
+    "more to test than is kept": (
+        "train={test_checkpoints: 3, keep_checkpoints: 2}",
+        "train.test_checkpoints: 3 are to be tested, train.keep_checkpoints keeps 2",
+        ": keep as many",
+    ),
     "nothing to learn": (
         "loss={sup_weight: 0, dist_weight: 0, mcl_weight: 0}",
         "bad.yaml: loss: sup_weight",

@@ -14,6 +14,7 @@ from flipkd_dist.checkpoint import (
     MANIFEST,
     amend_manifest,
     best_checkpoint,
+    best_checkpoints,
     checkpoints,
     file_of_rank,
     keep_checkpoints,
@@ -176,6 +177,13 @@ def test_one_that_was_only_saved_is_no_candidate(tmp_path):
     save_scored(tmp_path, step_1=None)
     save(tmp_path, 2, probes=None)
     assert best_checkpoint(tmp_path).step == 1 and newest_checkpoint(tmp_path).step == 2
+
+
+def test_the_best_come_first(tmp_path):
+    save_scored(tmp_path, step_1=0.7, step_2=0.9, step_3=0.7, step_4=0.2)
+    save(tmp_path, 5, probes=None)
+    assert [found.step for found in best_checkpoints(tmp_path, 3)] == [2, 3, 1]
+    assert [found.step for found in best_checkpoints(tmp_path, 9)] == [2, 3, 1, 4]
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

@@ -207,6 +207,7 @@ def test_every_setting_either_decides_or_is_known_not_to():
         "train.mini_batch_size",
         "train.logging_steps",
         "train.keep_checkpoints",
+        "train.test_checkpoints",
         "train.profile",
         "train.verify",
         "student.bnb_4bit_quant_storage",
