@@ -72,3 +72,36 @@ class Comparison:
 
     def row(self, name: str) -> RowScores | None:
         return next((found for found in self.rows if found.row.name == name), None)
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Of one row: its mean over seeds, and its difference from the reference row (None: the reference, or untested)."""
+
+    mean: float
+    std: float | None  # over seeds, ddof 1; None with one seed
+    values: list[float]  # a seed each
+    difference: float | None = None  # this row minus the reference
+    low: float | None = None  # 95 % interval of the difference over test pairs
+    high: float | None = None
+    p_seeds: float | None = None  # paired t-test over seeds
+    p_pairs: float | None = None  # paired bootstrap over test pairs
+    p_corrected: float | None = None  # for the number of rows
+    verdict: str | None = None  # better, worse, no difference
+
+
+@dataclass(frozen=True)
+class RowResult:
+    name: str
+    title: str
+    reading: str  # of READINGS
+    split: str  # test, test_hard
+    metrics: dict[str, MetricResult]  # by a name of METRICS
+
+
+@dataclass(frozen=True)
+class Results:
+    rows: list[RowResult]
+    reference: str  # the row that all are tested against
+    alpha: float
+    resamples: int  # of test pairs
