@@ -1,4 +1,4 @@
-"""What the report of a comparison finds among its rows and pairs: sweeps, pairs won and lost, how far matrices agree."""
+"""What the report of a comparison finds among rows and pairs: sweeps, pairs won and lost, how far matrices agree."""
 
 from dataclasses import dataclass
 

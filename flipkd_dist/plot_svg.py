@@ -20,6 +20,7 @@ STYLE = {
     "font.family": "DejaVu Sans",  # measured with; the page puts its own in place
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
