@@ -1,85 +1,28 @@
-"""The plots of the noise report as SVG that stands inside a page and takes its colours and font from there.
+"""The plots of the noise report, in the colours of its page."""
 
-Plots hold numbers and our own words alone, never a user's text, so that no glyph can be missing.
-"""
-
-import io
-import re
 from dataclasses import astuple
-from typing import Any
-
-import numpy as np
+from functools import partial
 
 from flipkd_dist.filter_shares import GRID
 from flipkd_dist.noise_report import NoiseReport
-
-Axes = Figure = Any  # matplotlib's, which is imported where a plot is drawn: other commands should not wait for it
+from flipkd_dist.plot_svg import COLOURS, FAINT, INK, POSITIVES, Axes, Figure, clip, in_percent, new_figure, svg_of
 
 NAMES = ("matches", "non-matches", "off-diagonal")
-# What is drawn in these colours takes the page's: var(--positives) and so on, light or dark.
-POSITIVES, NEGATIVES, OFF_DIAGONAL, INK, FAINT = COLOURS = ("#0072b2", "#d55e00", "#6f6f70", "#222223", "#d8d8d9")
-VARIABLES = ("positives", "negatives", "off-diagonal", "ink", "faint")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # of the kinds, for who cannot tell the colours
-STYLE = {
-    "font.family": "DejaVu Sans",  # measured with; the page puts its own in place
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": "none",
-}
 
 
 def plots(report: NoiseReport) -> dict[str, str]:
     """SVG elements by name: `distributions`, `roc` (both classes needed) and `kept`; none where there is no pair."""
-    import matplotlib
-
+    if not report.rows:
+        return {}
     drawings = {"distributions": _distributions, "roc": _roc, "kept": _kept}
-    found = {}
-    for name, draw in drawings.items():
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):  # ids of two plots never collide
-            figure = draw(report) if report.rows else None
-            if figure is not None:
-                found[name] = _svg(figure, name)
-    return found
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The element alone: no date, no size of its own, no style that reaches beyond it, colours as variables."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="{name}" viewBox="\1" role="img">', text, count=1
-    )
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # matplotlib numbers its groups alike in every figure
-    for colour, variable in zip(COLOURS, VARIABLES, strict=True):
-        text = text.replace(colour, f"var(--{variable})")
-    return re.sub(r"\n\s*\n+", "\n", text).strip()
+    found = {name: svg_of(name, partial(draw, report)) for name, draw in drawings.items()}
+    return {name: svg for name, svg in found.items() if svg is not None}
 
 
 def _distributions(report: NoiseReport) -> Figure:
     """A row for each kind of pair; what the filter drops is pale."""
-    figure = _figure(8.4, 4.2)
+    figure = new_figure(8.4, 4.2)
     axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"hspace": 0.12})
     shares = astuple(report.configured_shares())
     for kind, (ax, colour) in enumerate(zip(axes, COLOURS, strict=False)):
@@ -94,8 +37,6 @@ def _distributions(report: NoiseReport) -> Figure:
 
 
 def _distribution(ax: Axes, report: NoiseReport, kind: int, colour: str) -> None:
-    from matplotlib.patches import Rectangle
-
     low, high = report.edges[[0, -1]]
     counts = report.counts[kind]
     top = max(1, int(counts.max())) * 1.05
@@ -110,14 +51,14 @@ def _distribution(ax: Axes, report: NoiseReport, kind: int, colour: str) -> None
     boundary = report.threshold if kind == 0 else 1 - report.threshold
     kept = (boundary, high) if kind == 0 else (low, boundary)
     full = ax.stairs(counts, report.edges, fill=True, color=colour, alpha=0.9, linewidth=0)
-    full.set_clip_path(Rectangle((kept[0], 0), max(0.0, kept[1] - kept[0]), top, transform=ax.transData))
+    clip(full, ax, *kept, top)
     ax.axvline(boundary, color=INK, linewidth=1, linestyle=(0, (3, 2)))
 
 
 def _roc(report: NoiseReport) -> Figure | None:
     if report.roc is None:
         return None
-    figure = _figure(4.2, 3.9)
+    figure = new_figure(4.2, 3.9)
     ax = figure.subplots()
     ax.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     ax.plot(report.roc.false_positives, report.roc.true_positives, color=POSITIVES, linewidth=2)
@@ -131,12 +72,12 @@ def _roc(report: NoiseReport) -> Figure | None:
         ax.annotate(name, point, textcoords="offset points", **place)
     ax.text(0.98, 0.05, f"AUC {report.roc.auc:.3f}", ha="right", weight="bold", size=11)
     ax.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal", xlabel="non-matches taken for matches", ylabel="matches found")
-    _in_percent(ax, "xy")
+    in_percent(ax, "xy")
     return figure
 
 
 def _kept(report: NoiseReport) -> Figure:
-    figure = _figure(4.2, 3.9)
+    figure = new_figure(4.2, 3.9)
     ax = figure.subplots()
     ax.axhline(0.5, color=FAINT, linewidth=1)
     for kind, name in enumerate(NAMES):
@@ -145,7 +86,7 @@ def _kept(report: NoiseReport) -> Figure:
             ax.plot(GRID, shares, color=COLOURS[kind], linewidth=2, linestyle=DASHES[kind], label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="theta", ylabel="kept")
     _mark_thetas(ax, report)
-    _in_percent(ax, "y")
+    in_percent(ax, "y")
     figure.legend(frameon=False, loc="outside lower center", ncols=3, handlelength=2.2, columnspacing=1.2)
     return figure
 
@@ -161,12 +102,3 @@ def _mark_thetas(ax: Axes, report: NoiseReport) -> None:
         ax.axvline(theta, color=INK, linewidth=1, linestyle=(0, (1, 2)) if name == "suggested" else "-")
         height = 1.02 + 0.07 * (row if is_close else 0)
         ax.text(theta, height, f"{name} {theta:g}", transform=ax.get_xaxis_transform(), ha="center")
-
-
-def _in_percent(ax: Axes, which: str) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    for axis in (getattr(ax, f"{letter}axis") for letter in which):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set_xticks(np.arange(0, 6) / 5)
-    ax.set_yticks(np.arange(0, 6) / 5)

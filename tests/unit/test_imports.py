@@ -17,7 +17,7 @@ OWNERS = {
     "bitsandbytes": {"fourbit.py"},
     "sentence_transformers": {"sentence_teacher.py", "teach_trainer.py"},
     "openai": {"endpoint_teacher.py"},
-    "matplotlib": {"noise_plots.py"},
+    "matplotlib": {"plot_svg.py"},
 }
 UNIT_TESTED = {"sentence_transformers", "openai", "matplotlib"}  # libraries that unit tests do use
 RUN_AS_CODE = "pyfunc_model.py"  # mlflow executes it, so that mlflow is there

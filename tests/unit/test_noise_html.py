@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from noise_cases import HOSTILE, LABELLED, OFF_DIAGONAL, degenerate_cases, hostile_pairs
 
-from flipkd_dist.noise_html import SHOWN, html, write_html
-from flipkd_dist.noise_plots import COLOURS, plots
+from flipkd_dist.noise_html import html, write_html
+from flipkd_dist.noise_plots import plots
 from flipkd_dist.noise_report import noise_report
+from flipkd_dist.page import SHOWN
+from flipkd_dist.plot_svg import COLOURS
 
 FACTS = {"teacher": "<b>encoder</b>", "fingerprint": "0123abcd"}
 VOID = {"meta", "br"}

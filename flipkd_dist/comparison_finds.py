@@ -1,0 +1,124 @@
+"""What the report of a comparison finds among rows and pairs: sweeps, pairs won and lost, how far matrices agree."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from flipkd_dist.comparison import METRICS, READINGS, Comparison, Matrix, Results, RowResult
+from flipkd_dist.comparison_numbers import FLIP, scorings, test_pairs
+from flipkd_dist.config import RunConfig
+from flipkd_dist.pairs import PairTable
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    value: float
+    row: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    key: str
+    points: list[SweepPoint]  # values rising
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """A pair that one row judges better than the other; scores are means over checkpoints and seeds."""
+
+    number: int
+    id: str
+    text_a: str
+    text_b: str
+    label: int
+    before: float
+    after: float
+    gain: float  # of the right answer's score
+
+
+def sweeps(comparison: Comparison, config: RunConfig | None = None) -> list[Sweep]:
+    """The rows that are flip with one number changed and named after it, `...=...`, by that setting.
+
+    Args:
+        config: where flip's own value stands that no row overrides.
+    """
+    flip = comparison.row(FLIP)
+    found: dict[str, list[SweepPoint]] = {}
+    base = flip.row.overrides if flip else {}
+    for row in comparison.rows:
+        changed = {key: value for key, value in row.row.overrides.items() if base.get(key, ...) != value}
+        if row is flip or row.row.kind != "student" or len(changed) != 1 or "=" not in row.row.name + row.row.title:
+            continue
+        ((key, value),) = changed.items()
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.setdefault(key, []).append(SweepPoint(float(value), row.row.name))
+    for key, points in found.items():
+        own = base.get(key, _setting(config, key))
+        if flip and isinstance(own, int | float):
+            points.append(SweepPoint(float(own), FLIP))
+        points.sort(key=lambda point: point.value)
+    return [Sweep(key, points) for key, points in found.items()]
+
+
+def _setting(config: RunConfig | None, key: str) -> object:
+    found: object = config
+    for part in key.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def results_of(results: Results, row: str, reading: str, split: str = "test") -> RowResult | None:
+    wanted = (row, reading, split)
+    return next((found for found in results.rows if (found.name, found.reading, found.split) == wanted), None)
+
+
+def sweep_values(sweep: Sweep, results: Results, reading: str, metric: str) -> np.ndarray:
+    """Setting, mean and standard deviation (0 with one seed) of every point that has results, [points, 3]."""
+    rows = [(point.value, results_of(results, point.row, reading)) for point in sweep.points]
+    found = [(value, row.metrics[metric]) for value, row in rows if row and metric in row.metrics]
+    kept = [(value, one.mean, one.std or 0.0) for value, one in found if _is_number(one.mean)]
+    return np.array(kept).reshape(-1, 3)
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and np.isfinite(value)
+
+
+def agreement(matrix: Matrix) -> float | None:
+    """Spearman's rank correlation of teacher and student off the diagonal; None where one of them is constant."""
+    off = ~np.eye(len(matrix.teacher), dtype=bool)
+    teacher, student = matrix.teacher[off], matrix.student[off]
+    if len(teacher) < 2 or np.ptp(teacher) == 0 or not np.ptp(student) > 0:
+        return None
+    return float(spearmanr(teacher, student).statistic)
+
+
+def metrics_present(results: Results) -> list[str]:
+    return [metric for metric in METRICS if any(metric in row.metrics for row in results.rows)]
+
+
+def won_and_lost(comparison: Comparison, reference: str, count: int = 10) -> tuple[str, list[list[JudgedPair]]]:
+    """The reading, and the pairs whose right answer flip makes most likely and most unlikely beside the reference.
+
+    p(match) where both rows have it, else the similarity. Hard non-matches take part.
+    """
+    rows = [comparison.row(reference), comparison.row(FLIP)]
+    table = test_pairs(comparison)
+    for reading in READINGS:
+        found = [scorings(row, reading) for row in rows]
+        if table is None or any(scores is None for scores in found):
+            continue
+        before, after = (scores.mean(axis=0) for scores in found)
+        gain = np.where(table.label == 1, after - before, before - after)
+        order = np.argsort(-gain, kind="stable")
+        won, lost = order[gain[order] > 0][:count], order[::-1][gain[order[::-1]] < 0][:count]
+        return reading, [[_judged(table, n, before, after, gain) for n in numbers] for numbers in (won, lost)]
+    return READINGS[0], [[], []]
+
+
+def _judged(table: PairTable, number: int, before: np.ndarray, after: np.ndarray, gain: np.ndarray) -> JudgedPair:
+    texts = (table.texts[table.text_a[number]], table.texts[table.text_b[number]])
+    label = int(table.label[number])
+    figures = (float(values[number]) for values in (before, after, gain))
+    return JudgedPair(int(number), table.ids[number], *texts, label, *figures)
