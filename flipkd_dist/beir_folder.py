@@ -122,9 +122,11 @@ def queries_and_corpus(*paths: Path) -> Iterator[list[Lines]]:
         yield lines
 
 
-def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
-    """Each judged pair of a folder with its line in the file of judgements: match where the score is above 0.
+def beir_pairs(path: str | Path, min_relevance: float | None = None) -> Iterator[tuple[int, Record, Path]]:
+    """Each judged pair of a folder with its line in the file of judgements.
 
+    Args:
+        min_relevance: the lowest judgement that is a match; None: any above 0.
     Raises:
         UserError: no such folder or split, a mistake in a file, an id that is not in corpus or queries.
     """
@@ -137,11 +139,12 @@ def beir_pairs(path: str | Path) -> Iterator[tuple[int, Record, Path]]:
                 relevance = score_of({"score": score}, "score")
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
+            match = relevance > 0 if min_relevance is None else relevance >= min_relevance
             record = {
                 "text_a": find_text(queries, query, "query", where),
                 "text_b": find_text(corpus, document, "document", where),
             }
-            yield number, {**record, "label": int(relevance > 0), "id_a": query, "id_b": document}, qrels
+            yield number, {**record, "label": int(match), "id_a": query, "id_b": document}, qrels
 
 
 def find_text(lines: Lines, name: str, what: str, where: str) -> str:

@@ -361,7 +361,12 @@ def pairs(
     help="Random non-matches to make for each match, for sets that hold matches alone.",
 )
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="The only source of chance.")
-def convert(input_, output, target, source_format, negatives, seed) -> None:
+@click.option(
+    "--min-relevance",
+    type=click.FloatRange(0, min_open=True),
+    help="The lowest judgement of a BEIR folder that is a match; lower ones are non-matches. Default: any above 0.",
+)
+def convert(input_, output, target, source_format, negatives, seed, min_relevance) -> None:
     """Pairs of one format as pairs of another. INPUT is a file, a hub split org/name:split or a BEIR FOLDER[:SPLIT].
 
     Formats: pairs (our own columns; JSONL, CSV, TSV or Parquet), flagembedding, sentence_transformers, triplets (of
@@ -369,7 +374,7 @@ def convert(input_, output, target, source_format, negatives, seed) -> None:
     """
     from flipkd_dist.convert_command import convert
 
-    summary = convert(input_, output, target, source_format, negatives, seed)
+    summary = convert(input_, output, target, source_format, negatives, seed, min_relevance)
     left_out = summary.pop("left_out")
     logger.info("%s -> %s: %s", input_, output, ", ".join(f"{key} {value}" for key, value in summary.items()))
     for line in left_out:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flipkd_dist.beir_folder import beir_documents, folder_and_split, is_beir_folder
+from flipkd_dist.beir_folder import beir_documents, beir_pairs, folder_and_split, is_beir_folder
 from flipkd_dist.beir_writer import check_beir_output, write_beir
 from flipkd_dist.config import DataConfig
 from flipkd_dist.errors import UserError
@@ -23,7 +23,13 @@ from flipkd_dist.temporary_database import temporary_database
 
 
 def convert(
-    source: str, output: str, target: str, source_format: str = "auto", negatives: int = 0, seed: int = 42
+    source: str,
+    output: str,
+    target: str,
+    source_format: str = "auto",
+    negatives: int = 0,
+    seed: int = 42,
+    min_relevance: float | None = None,
 ) -> dict[str, Any]:
     """Read pairs twice: first to check and count them, then to write them; nothing is written unless all of it can be.
 
@@ -34,6 +40,7 @@ def convert(
         source_format: one of SOURCES; auto: what the first record looks like.
         negatives: random non-matches made for each match.
         seed: the only source of chance, of these and of the pairs made from `faq`.
+        min_relevance: the lowest judgement of a BEIR folder that is a match; None: any above 0.
     Returns:
         The format read, the numbers of pairs, matches and non-matches, and what the target could not hold.
     Raises:
@@ -42,8 +49,10 @@ def convert(
     _check_output(source, output, target)
     source_format = guess(source) if source_format == "auto" else source_format
     lost = Counter()  # filled by the second reading alone
+    if min_relevance is not None and source_format != "beir":
+        raise UserError(f"--min-relevance: {source} is read as {source_format}, only beir has judgements: leave it out")
     with ExitStack() as stack:
-        read = _reader(source, source_format, seed)
+        read = _reader(source, source_format, seed, min_relevance)
         if negatives:
             read = _with_partners(stack, read, source, source_format, negatives, seed)
         survey = Survey()
@@ -94,8 +103,12 @@ def _check_output(source: str, output: str, target: str) -> None:
         raise UserError(f"--output {output}: this is the input: name another file")
 
 
-def _reader(source: str, source_format: str, seed: int) -> Callable[[Counter], Iterator[Record]]:
+def _reader(
+    source: str, source_format: str, seed: int, min_relevance: float | None
+) -> Callable[[Counter], Iterator[Record]]:
     """A function that begins to read anew each time; its argument counts what gets lost on the way."""
+    if source_format == "beir":
+        return lambda lost: _some((record for _, record, _ in beir_pairs(source, min_relevance)), source)
     if source_format == "faq":
         remedies = ("use flipkd pairs --text", "use flipkd pairs --group")
         rows = read_fields(source, lambda record: text_and_group(record, "text", "group", remedies))

@@ -16,13 +16,13 @@ from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
-from flipkd_dist.run_folder import RunFolder, digest, read_json, write_json
+from flipkd_dist.run_folder import RunFolder, digest, read_json
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import score_streams, score_tables
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.teacher_stage import is_scored
-from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
+from flipkd_dist.tracking import RUN_FILE, RunLogger, tracking_uri, training_run
 from flipkd_dist.train import train
 from flipkd_dist.world import World
 
@@ -102,7 +102,7 @@ class Pipeline:
         run_id = self.mlflow_run() if "train" in stages else None
         tracker = RunLogger(tracking_uri(self.config), run_id)
         tracker.reopen()
-        with _told(tracker), self._stopping() as stop:
+        with told(tracker), self._stopping() as stop:
             run_workers(self.config, stages, run_id)
         if "train" in stages:
             self.folder.mark_done("train", self.trained)
@@ -175,13 +175,7 @@ class Pipeline:
 
     def mlflow_run(self) -> str:
         """The MLflow run of this training; a training that was interrupted goes on in its own."""
-        path = self.folder.path / RUN_FILE
-        known = read_json(path) or {}
-        if known.get("training") == self.trained and known.get("uri") == tracking_uri(self.config):
-            return known["run_id"]
-        run_id = start_run(self.config)
-        write_json(path, {"run_id": run_id, "uri": tracking_uri(self.config), "training": self.trained})
-        return run_id
+        return training_run(self.config, self.trained)
 
     def _report_evaluation(self, stage: str = "evaluate") -> None:
         self.folder.mark_done(stage, self.evaluated)
@@ -251,7 +245,7 @@ def _say(stage: str, start: float) -> None:
 
 
 @contextmanager
-def _told(tracker: RunLogger) -> Iterator[None]:
+def told(tracker: RunLogger) -> Iterator[None]:
     """MLflow learns how a training ended that did not finish."""
     try:
         yield
@@ -286,7 +280,7 @@ def train_here(config: RunConfig) -> None:
     tracker = RunLogger(tracking_uri(pipeline.config), run_id)
     tracker.reopen()
     try:
-        with _told(tracker):
+        with told(tracker):
             train(pipeline.config, run_id)
     except StoppedOnRequest:
         World.current().barrier()  # the launcher ends all as soon as one is gone: rank 0 has told MLflow now

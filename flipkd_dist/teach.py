@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flipkd_dist.config import RunConfig
@@ -100,19 +101,25 @@ def check_inputs(config: RunConfig) -> Teaching:
     return Teaching(config, folder, base, text_teacher(config, taught=False), splits, use_gpu)
 
 
-def metrics_of(source: TeacherSource, teaching: Teaching) -> dict[str, dict[str, dict]]:
-    """`{split: {"teacher": metrics}}` of validation and test, the threshold found on validation.
+def similarities(source: TeacherSource, teaching: Teaching) -> dict[str, np.ndarray]:
+    """The cosine of every pair of validation and test, float64 [N] each.
 
     Raises:
         UserError: the teacher cannot be loaded.
     """
     encoder = source.load("cuda" if teaching.use_gpu else "cpu")
-    rows = {}
+    found = {}
     for split in SPLITS[1:]:
         if split in teaching.splits:
             pairs = teaching.splits[split]
             vectors = encoder.encode([normalised(text) for text in pairs.texts], teaching.config.teacher.batch_size)
-            rows[split] = {"teacher": teacher_scores(pairs, vectors)}
+            found[split] = teacher_scores(pairs, vectors)
+    return found
+
+
+def metrics_of(cosines: dict[str, np.ndarray], teaching: Teaching) -> dict[str, dict[str, dict]]:
+    """`{split: {"teacher": metrics}}` of what `similarities` found, the threshold from validation."""
+    rows = {split: {"teacher": scores} for split, scores in cosines.items()}
     thresholds = thresholds_from(rows.get("validation"), teaching.splits.get("validation"))
     found = {}
     for split, scores in rows.items():
@@ -143,7 +150,7 @@ def teach(config: RunConfig) -> None:
         manifest = _make(teaching, output)
     elif manifest["evaluated"] != teaching.evaluated:
         logger.info("teach: complete for the same inputs; other validation or test pairs are measured")
-        before, after = (metrics_of(source, teaching) for source in (teaching.source, _source(teaching, output)))
+        before, after = (_measured(source, teaching) for source in (teaching.source, source_of(teaching, output)))
         manifest |= {"before": before, "after": after, "evaluated": teaching.evaluated}
         write_json(output / MANIFEST, manifest)
     else:
@@ -161,8 +168,12 @@ def _require_no_student(teaching: Teaching, manifest: dict[str, Any] | None) -> 
         )
 
 
-def _source(teaching: Teaching, folder: Path) -> TeacherSource:
-    """The teacher in `folder`, read with the run's settings."""
+def _measured(source: TeacherSource, teaching: Teaching) -> dict[str, dict[str, dict]]:
+    return metrics_of(similarities(source, teaching), teaching)
+
+
+def source_of(teaching: Teaching, folder: Path) -> TeacherSource:
+    """The encoder in `folder`, read with the run's settings."""
     named = teaching.config.teacher.model_copy(update={"model_name_or_path": str(folder)})
     return text_teacher(teaching.config.model_copy(update={"teacher": named}), taught=False)
 
@@ -170,7 +181,7 @@ def _source(teaching: Teaching, folder: Path) -> TeacherSource:
 def _make(teaching: Teaching, output: Path) -> dict[str, Any]:
     """Train, measure, and put the folder in its place."""
     start, config, train = time.monotonic(), teaching.config, teaching.splits["train"]
-    before = metrics_of(teaching.source, teaching)  # loads the teacher, or says why it cannot be loaded
+    before = _measured(teaching.source, teaching)  # loads the teacher, or says why it cannot be loaded
     budget = Budget.of(config.teach, len(train))
     where = "GPU" if teaching.use_gpu else "CPU"
     logger.info("teach: %d pairs, %s loss, %d steps on the %s", len(train), config.teach.loss, budget.num_steps, where)
@@ -184,7 +195,7 @@ def _make(teaching: Teaching, output: Path) -> dict[str, Any]:
     with stop.listening():
         model = fine_tune(config, teaching.base, train, checkpoints, teaching.inputs, stop, teaching.use_gpu)
     model.save_pretrained(str(draft), create_model_card=False, safe_serialization=True)
-    source = _source(teaching, draft)
+    source = source_of(teaching, draft)
     manifest = {
         "base": teaching.source.spec.teacher_fingerprint,
         "base_name": str(config.teacher.model_name_or_path),
@@ -196,7 +207,7 @@ def _make(teaching: Teaching, output: Path) -> dict[str, Any]:
         "inputs": teaching.inputs,
         "evaluated": teaching.evaluated,
         "before": before,
-        "after": metrics_of(source, teaching),
+        "after": _measured(source, teaching),
     }
     write_json(draft / MANIFEST, manifest)
     os.replace(draft, output)

@@ -165,18 +165,34 @@ def _loss(model: Any, kind: str) -> torch.nn.Module:
     return {"contrastive": losses.OnlineContrastiveLoss, "cosine": losses.CosineSimilarityLoss}[kind](model)
 
 
-def _trainer(model: Any, pairs: PairTable, config: RunConfig, budget: Budget, folder: Path, use_gpu: bool) -> Any:
+def _batches(pairs: PairTable, config: RunConfig, budget: Budget) -> _Batches:
+    length = np.array([len(normalised(text)) for text in pairs.texts])
+    longer = np.maximum(length[pairs.text_a], length[pairs.text_b])
+    return _Batches(longer, config.teach.per_device_train_batch_size, config.seed, budget.num_steps)
+
+
+def num_tokens(model: Any, pairs: PairTable, config: RunConfig) -> int:
+    """What all steps of a teaching read, without padding."""
+    tokenizer, budget = model.tokenizer, Budget.of(config.teach, len(pairs))
+    texts = [normalised(text) for text in pairs.texts]
+    tokens = tokenizer(texts, truncation=True, max_length=model.max_seq_length)["input_ids"]
+    length = np.array([len(ids) for ids in tokens])
+    of_pair = length[pairs.text_a] + length[pairs.text_b]
+    return int(sum(of_pair[batch].sum() for batch in _batches(pairs, config, budget)))
+
+
+def _trainer(
+    model: Any, pairs: PairTable, targets: np.ndarray, config: RunConfig, budget: Budget, folder: Path, use_gpu: bool
+) -> Any:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     teach, bf16 = config.teach, config.train.bf16
     texts = [normalised(text) for text in pairs.texts]
-    length = np.array([len(text) for text in texts])
-    longer = np.maximum(length[pairs.text_a], length[pairs.text_b])
 
     class Trainer(SentenceTransformerTrainer):
         def get_batch_sampler(self, dataset, *_, **__):
-            return _Batches(longer, teach.per_device_train_batch_size, config.seed, budget.num_steps)
+            return _batches(pairs, config, budget)
 
         def add_model_card_callback(self, default_args_dict):
             pass  # the manifest says what the folder is
@@ -206,7 +222,7 @@ def _trainer(model: Any, pairs: PairTable, config: RunConfig, budget: Budget, fo
     columns = {
         "text_a": [texts[row] for row in pairs.text_a],
         "text_b": [texts[row] for row in pairs.text_b],
-        "label": [number(label) for label in pairs.label],
+        "label": [number(target) for target in targets],
     }
     return Trainer(model, arguments, train_dataset=Dataset.from_dict(columns), loss=_loss(model, teach.loss))
 
@@ -224,18 +240,28 @@ def newest_checkpoint(folder: Path, inputs: str) -> Path | None:
 
 
 def fine_tune(
-    config: RunConfig, base: Path, pairs: PairTable, checkpoints: Path, inputs: str, stop: StopRequest, use_gpu: bool
+    config: RunConfig,
+    base: Path,
+    pairs: PairTable,
+    checkpoints: Path,
+    inputs: str,
+    stop: StopRequest,
+    use_gpu: bool,
+    targets: np.ndarray | None = None,
 ) -> Any:
     """The SentenceTransformer that results; goes on from the newest checkpoint of the same inputs.
 
     Args:
         inputs: a hash of everything the result depends on; checkpoints carry it.
         stop: asked after every step.
+        targets: the cosine that each pair is to have [N], in place of its label; for `teach.loss` cosine.
     Raises:
         StoppedOnRequest: a complete checkpoint has been written.
     """
     from transformers import PrinterCallback
 
+    assert targets is None or config.teach.loss == "cosine", "the other losses know two classes"
+    targets = pairs.label if targets is None else targets
     if not use_gpu:  # deepspeed is loaded by the trainer and looks for accelerators
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     budget = Budget.of(config.teach, len(pairs))
@@ -244,7 +270,7 @@ def fine_tune(
     with _quiet():
         set_seed(config.seed)  # weights that the base lacks are drawn
         model = load_model(base, config.teacher, "cuda" if use_gpu else "cpu")
-        trainer = _trainer(model, pairs, config, budget, checkpoints, use_gpu)
+        trainer = _trainer(model, pairs, targets, config, budget, checkpoints, use_gpu)
         course = _Course(budget, inputs, stop)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(course)

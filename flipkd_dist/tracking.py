@@ -14,6 +14,7 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.console import quiet_others
+from flipkd_dist.run_folder import read_json, write_json
 
 logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
@@ -67,6 +68,17 @@ def start_run(config: RunConfig) -> str:
     for key, value in flatten(config.model_dump(mode="json")).items():
         mlflow_client.log_param(run_id, key, value, synchronous=True)
     mlflow_client.log_artifact(run_id, str(config.run_dir / "config.yaml"))
+    return run_id
+
+
+def training_run(config: RunConfig, training: str) -> str:
+    """The MLflow run of the training with this hash, begun if there is none; noted in the run folder."""
+    path, uri = config.run_dir / RUN_FILE, tracking_uri(config)
+    known = read_json(path) or {}
+    if known.get("training") == training and known.get("uri") == uri:
+        return known["run_id"]
+    run_id = start_run(config)
+    write_json(path, {"run_id": run_id, "uri": uri, "training": training})
     return run_id
 
 

@@ -215,6 +215,48 @@ def test_random_non_matches(tmp_path, matches_alone):
     assert len({b for _, b in drawn}) > 20  # from the whole corpus, not from the judged documents alone
 
 
+@pytest.fixture
+def graded(tmp_path):
+    """A BEIR folder like NFCorpus: titles, judgements 0, 1 and 2, questions of their own in each split."""
+    folder = tmp_path / "graded"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{n}", "title": f"title {n}", "text": f"text {n}"} for n in range(30)]
+    write_records({folder / "corpus.jsonl": corpus})
+    write_records({folder / "queries.jsonl": [{"_id": f"q{n}", "text": f"question {n}"} for n in range(4)]})
+    for split, queries in (("train", (0, 1)), ("test", (2, 3))):
+        rows = [(query, document, (query + document) % 3) for query in queries for document in range(6)]
+        lines = "".join(f"q{query}\td{document}\t{score}\n" for query, document, score in rows)
+        (folder / f"qrels/{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("least", "matching"), [(None, {1, 2}), (1, {1, 2}), (2, {2}), (1.5, {2})])
+def test_judgements_become_labels_and_no_judged_document_is_drawn(tmp_path, graded, least, matching):
+    questions = {}
+    for split in ("train", "test"):
+        output = tmp_path / f"{split}.jsonl"
+        convert(f"{graded}:{split}", str(output), "pairs", negatives=3, min_relevance=least)
+        found = [record for _, record in read_records(output)]
+        judged = [record for record in found if "kind" not in record]
+        drawn = [record for record in found if record.get("kind") == "random"]
+        assert len(judged) == 12 and len(judged) + len(drawn) == len(found)
+        for record in judged:
+            query, document = int(record["id_a"][1:]), int(record["id_b"][1:])
+            assert record["label"] == ((query + document) % 3 in matching)
+            assert record["text_b"] == f"title {document} text {document}"
+        assert len(drawn) == 3 * sum(record["label"] for record in judged) > 0
+        assert all(record["label"] == 0 and int(record["id_b"][1:]) >= 6 for record in drawn)
+        assert {record["text_a"] for record in drawn} <= {record["text_a"] for record in judged}
+        questions[split] = {record["text_a"] for record in found}
+    assert not questions["train"] & questions["test"]
+
+
+def test_only_judgements_have_a_relevance(tmp_path):
+    given = save(tmp_path / "p.jsonl", PAIRS)
+    with pytest.raises(UserError, match=r"--min-relevance: .* is read as pairs, only beir has judgements: leave it out"):
+        convert(given, f"{tmp_path}/out.jsonl", "pairs", min_relevance=2)
+
+
 def test_few_texts_give_few_non_matches_and_it_is_said(tmp_path):
     rows = [
         ("a", "x", 1, "g", "g"),

@@ -230,6 +230,17 @@ def test_hub_split(monkeypatch):
     assert calls == [("org/name", "train"), ("org/name", "test")]
 
 
+@pytest.mark.parametrize("matching", [1, 1.0, "1"])
+def test_a_pair_set_of_mteb_is_read_by_its_name(matching, monkeypatch):
+    rows = [{"sentence1": "借呗怎么还", "sentence2": "怎么还借呗", "score": matching}]
+    rows += [{"sentence1": "借呗怎么还", "sentence2": "花呗是什么", "score": 0}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+    table = read_pairs("C-MTEB/ATEC:validation", DataConfig(format="mteb"), "data.validation")
+    assert table.label.tolist() == [1, 0] and len(table.texts) == 3
+    assert next(iter(table.labelled_texts())) == (rows[0]["sentence1"], rows[0]["sentence2"])
+    assert "set data.format to" in message("C-MTEB/ATEC:validation")  # without the format
+
+
 def test_a_file_whose_name_looks_like_a_hub_id_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
