@@ -31,7 +31,7 @@ def folder_and_split(path: str | Path) -> tuple[Path, str | None]:
     return Path(folder), split
 
 
-def _qrels(path: str | Path) -> tuple[Path, Path]:
+def qrels_file(path: str | Path) -> tuple[Path, Path]:
     """The folder and the file of judgements that `path` names: the only one there is, where it names no split."""
     folder, split = folder_and_split(path)
     for name in ("corpus.jsonl", "queries.jsonl"):
@@ -62,13 +62,23 @@ class Lines:
                 record = json_object(line, where)
                 try:
                     self.database.execute(
-                        f"INSERT INTO {self.table} VALUES (?, ?, ?)", (_name(record, "_id"), number, offset)
+                        f"INSERT INTO {self.table} VALUES (?, ?, ?)", (beir_name(record, "_id"), number, offset)
                     )
                 except sqlite3.IntegrityError:
                     raise UserError(f"{where}: _id {record['_id']!r} stands twice: make ids unique") from None
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
             offset += len(line)
+
+    def __len__(self) -> int:
+        return self.database.execute(f"SELECT count(*) FROM {self.table}").fetchone()[0]
+
+    def __contains__(self, name: str) -> bool:
+        return self.database.execute(f"SELECT 1 FROM {self.table} WHERE id = ?", (name,)).fetchone() is not None
+
+    def names(self) -> Iterator[str]:
+        """The ids, the greatest first: by their UTF-8 bytes, as trec_eval breaks ties."""
+        return (row[0] for row in self.database.execute(f"SELECT id FROM {self.table} ORDER BY id DESC"))
 
     def text(self, name: str) -> str:
         """The text of one object, its title before it.
@@ -87,7 +97,7 @@ class Lines:
             raise UserError(f"{self.path}:{found[0]}: {error}") from None
 
 
-def _name(record: Record, column: str) -> str:
+def beir_name(record: Record, column: str) -> str:
     require_column(record, column, "the format")
     name = name_of(record, column)
     if not name:
@@ -130,12 +140,12 @@ def beir_pairs(path: str | Path, min_relevance: float | None = None) -> Iterator
     Raises:
         UserError: no such folder or split, a mistake in a file, an id that is not in corpus or queries.
     """
-    folder, qrels = _qrels(path)
+    folder, qrels = qrels_file(path)
     with queries_and_corpus(folder / "queries.jsonl", folder / "corpus.jsonl") as (queries, corpus):
         for number, row in read_records(qrels, "tsv"):
             where = f"{qrels}:{number}"
             try:
-                query, document, score = (_name(row, column) for column in QRELS)
+                query, document, score = (beir_name(row, column) for column in QRELS)
                 relevance = score_of({"score": score}, "score")
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
@@ -157,8 +167,8 @@ def find_text(lines: Lines, name: str, what: str, where: str) -> str:
 
 def beir_documents(path: str | Path) -> Iterator[tuple[str, str]]:
     """Id and text of every document of a folder that has a text."""
-    for _, record in read_records(_qrels(path)[0] / "corpus.jsonl", "jsonl"):
+    for _, record in read_records(qrels_file(path)[0] / "corpus.jsonl", "jsonl"):
         try:
-            yield _name(record, "_id"), titled_text(record)
+            yield beir_name(record, "_id"), titled_text(record)
         except UserError:
             continue  # a document without a text is nobody's partner

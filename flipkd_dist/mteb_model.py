@@ -1,0 +1,75 @@
+"""An encoder of ours as a model of MTEB, so that the public benchmark runs on it."""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from mteb.models import ModelMeta
+
+
+class MtebModel:
+    """What `mteb.evaluate` takes for a model: it encodes texts, and compares vectors by their cosine.
+
+    Prompts of tasks are not used: an adapter has the prompt that it was trained with. Only texts are encoded.
+
+    Args:
+        encoder: has `encode(texts, **options)` -> unit vectors float32 [N, d], such as `embedder.Embedder`.
+        name: ORGANISATION/NAME under which MTEB keeps the results.
+        revision: of the model, such as its training step.
+        options: of `encode`, in place of its own defaults; MTEB's own batch size is meant for models that pad.
+    Source: MTEB's EncoderProtocol.
+    """
+
+    def __init__(self, encoder: Any, name: str, revision: str = "1", **options: int):
+        self.encoder, self.name, self.revision, self.options = encoder, name, revision, options
+
+    @cached_property
+    def mteb_model_meta(self) -> "ModelMeta":
+        from mteb.models import ModelMeta
+
+        empty = ModelMeta.create_empty()
+        return empty.model_copy(
+            update={
+                "name": self.name,
+                "revision": self.revision,
+                "similarity_fn_name": _cosine(),
+                "framework": ["PyTorch"],
+            }
+        )
+
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **_: Any) -> np.ndarray:
+        """Unit vectors of all texts of the batches, float32 [N, d].
+
+        Args:
+            inputs: MTEB's batches, each with a list `text`.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        return self.encoder.encode(texts, **self.options)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> "torch.Tensor":
+        """Cosines of all pairs, [N1, N2]."""
+        one, other = _tensors(embeddings1, embeddings2)
+        return one @ other.T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> "torch.Tensor":
+        """Cosines row by row, [N]."""
+        one, other = _tensors(embeddings1, embeddings2)
+        return (one * other).sum(-1)
+
+
+def _cosine() -> Any:
+    from mteb.models.model_meta import ScoringFunction
+
+    return ScoringFunction.COSINE
+
+
+def _tensors(*vectors: Any) -> "list[torch.Tensor]":
+    """As fp32 tensors of unit rows, at least two axes each."""
+    import torch
+
+    found = [torch.atleast_2d(torch.as_tensor(part, dtype=torch.float32)) for part in vectors]
+    return [torch.nn.functional.normalize(part, dim=-1) for part in found]
