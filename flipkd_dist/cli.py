@@ -133,6 +133,34 @@ def plan(
     click.echo(json.dumps(made.as_dict(), indent=2) if as_json else table(made))
 
 
+@cli.command()
+@configured
+@click.option("--rows", help="Rows of the table, by comma; lora_sup is always one of them. Default: all.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each row, from seed on.")
+@click.option(
+    "--sweep", multiple=True, metavar="KEY=V1,V2", help="flip with each value of a setting (may be repeated)."
+)
+@click.option("--teachers", help="Further teachers, by comma: each alone and with flip.")
+@click.option("--set", "settings", multiple=True, metavar="ROW.KEY=VALUE", help="A setting of one row alone.")
+@click.option(
+    "--checkpoints", type=click.IntRange(1), help="The best on validation, averaged. Default: train.test_checkpoints."
+)
+@click.option("--jobs", type=click.IntRange(1), help="The most runs at once. Default: what the cluster has room for.")
+def compare(config, overrides, rows, seeds, sweep, teachers, settings, checkpoints, jobs) -> None:
+    """Train the method, its ablations and its baselines on the same pairs: a table with statistics, and a report."""
+    if checkpoints is not None:
+        overrides = (*overrides, f"train.test_checkpoints={checkpoints}")
+    loaded = load_config(config, overrides)
+    from flipkd_dist.compare import compare
+
+    if not compare(loaded, _names(rows), seeds, sweep, _names(teachers) or (), settings, jobs):
+        sys.exit(1)
+
+
+def _names(joined: str | None) -> list[str] | None:
+    return None if joined is None else [name.strip() for name in joined.split(",") if name.strip()]
+
+
 def batched(function, unit: str = "Pairs"):
     """How a verb that predicts batches, and where it finds model and base."""
     for option in reversed(

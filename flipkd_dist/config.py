@@ -2,11 +2,12 @@
 
 import difflib
 import reprlib
+from collections.abc import Sequence
 from math import pi
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import MarkedYAMLError, YAMLError
@@ -295,6 +296,42 @@ def validate(values: Any, source: str) -> RunConfig:
         raise UserError(_one_line(error, source)) from None
 
 
+def _overridden(loaded: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if not override.partition("=")[0] or "=" not in override:
+            raise UserError(f"override {override!r}: write it as dotted.key=value")
+        try:
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            reason = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise UserError(
+                f"override {override!r}: not a YAML value ({reason}): quote a text that holds any of {{}}[]:#"
+            ) from None
+    return loaded
+
+
+def override(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
+    """A configuration with `dotted.key=value` overrides; `source` names their origin in an error.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    loaded = _overridden(OmegaConf.create(config.model_dump(mode="json")), overrides)
+    return validate(OmegaConf.to_container(loaded), source)
+
+
+def listed(assignment: str) -> tuple[str, list[Any]]:
+    """`dotted.key=v1,v2` as the key and its values, each read as an override's.
+
+    Raises:
+        UserError: not written so, or not YAML.
+    """
+    key, equals, values = assignment.partition("=")
+    wrapped = _overridden(OmegaConf.create(), [f"{key}{equals}[{values}]" if equals else assignment])
+    found = OmegaConf.to_container(OmegaConf.create({"values": OmegaConf.select(wrapped, key)}))["values"]
+    return key, found
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file and apply `dotted.key=value` overrides; overrides win.
 
@@ -312,16 +349,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())}): correct the file") from None
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: not a mapping of settings: write `key: value` lines")
-    for override in overrides:
-        if not override.partition("=")[0] or "=" not in override:
-            raise UserError(f"override {override!r}: write it as dotted.key=value")
-        try:
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist([override]))
-        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-            reason = getattr(error, "problem", None) or " ".join(str(error).split())
-            raise UserError(
-                f"override {override!r}: not a YAML value ({reason}): quote a text that holds any of {{}}[]:#"
-            ) from None
+    loaded = _overridden(loaded, overrides)
     try:
         values = OmegaConf.to_container(loaded, resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:

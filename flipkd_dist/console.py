@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def set_up_logging() -> None:
@@ -19,6 +22,21 @@ def set_up_logging() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_others()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Our own messages go to the end of a file meanwhile, with the time, and not to the screen."""
+    logger = logging.getLogger("flipkd_dist")
+    set_up_logging()
+    others, handler = logger.handlers, logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        logger.handlers = others
+        handler.close()
 
 
 def quiet_others() -> None:

@@ -44,6 +44,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     values = config.model_dump()
     values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
+    if config.teacher.store_path:
+        values["teacher"]["store_path"] = str(Path(config.teacher.store_path).expanduser().resolve())
     for section, keys in (
         ("data", ("train", "validation", "test")),
         ("teacher", ("cross_encoder", "scores", *(["model_name_or_path"] if config.teacher.api_base is None else []))),

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
@@ -13,15 +14,22 @@ from flipkd_dist.run_folder import RunFolder, write_whole
 logger = logging.getLogger("flipkd_dist")
 
 
-def join_or_start_ray(config: RunConfig) -> None:
-    """Join the cluster at RAY_ADDRESS, or start one on this machine."""
+def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
+    """Join the cluster at RAY_ADDRESS, or start one on this machine.
+
+    Args:
+        log_to_driver: show here what workers print.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if not ray.is_initialized():
         # Without a named address ray.init would attach to whatever cluster ran here last.
         address = os.environ.get("RAY_ADDRESS") or "local"
-        options: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": "flipkd_dist.console.quiet_ray_worker"}}
+        options: dict[str, Any] = {
+            "runtime_env": {"worker_process_setup_hook": "flipkd_dist.console.quiet_ray_worker"},
+            "log_to_driver": log_to_driver,
+        }
         if address == "local":
             options["include_dashboard"] = False
         taken = signal.getsignal(signal.SIGTERM)
@@ -90,25 +98,35 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
         UserError, StoppedOnRequest: as raised in a worker.
         RuntimeError: the first worker's failure, with its rank.
     """
+    gpu = uses_gpu(config)
+    resolved = config.model_copy(update={"distributed": config.distributed.model_copy(update={"use_gpu": gpu})})
+    work = {"config": resolved.model_dump(mode="json"), "stages": stages, "mlflow_run_id": mlflow_run_id}
+    _worker(work) if _is_the_worker(config) else _fit(resolved, work)
+    stop = RunFolder(config).stop
+    if stop.is_file() and (said := stop.read_text(encoding="utf-8")):
+        stop.unlink()
+        raise StoppedOnRequest(said)
+
+
+def _fit(config: RunConfig, work: dict[str, Any]) -> None:
+    """Let Ray Train start the workers; `config` says whether they have GPUs."""
     from ray.train import RunConfig as TrainRunConfig
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = uses_gpu(config)
-    resolved = config.model_copy(update={"distributed": config.distributed.model_copy(update={"use_gpu": gpu})})
     storage = config.distributed.storage_path or str((config.run_dir / "ray").resolve())
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": resolved.model_dump(mode="json"),
-            "stages": stages,
-            "mlflow_run_id": mlflow_run_id,
-        },
+        train_loop_config=work,
         scaling_config=ScalingConfig(
-            num_workers=config.distributed.num_workers, use_gpu=gpu, resources_per_worker=worker_resources(config)
+            num_workers=config.distributed.num_workers,
+            use_gpu=config.distributed.use_gpu,
+            resources_per_worker=worker_resources(config),
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.distributed.timeout_s),
-        run_config=TrainRunConfig(name="-".join([config.name, *stages]), storage_path=storage),
+        torch_config=TorchConfig(
+            backend="nccl" if config.distributed.use_gpu else "gloo", timeout_s=config.distributed.timeout_s
+        ),
+        run_config=TrainRunConfig(name="-".join([config.name, *work["stages"]]), storage_path=storage),
     )
     try:
         trainer.fit()
@@ -122,7 +140,54 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
         raise RuntimeError(
             f"worker of rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         ) from error
-    stop = RunFolder(config).stop
-    if stop.is_file() and (said := stop.read_text(encoding="utf-8")):
-        stop.unlink()
-        raise StoppedOnRequest(said)
+
+
+def _is_the_worker(config: RunConfig) -> bool:
+    """Whether this process is a task that may train by itself: another process would import everything again."""
+    import ray
+
+    return ray.get_runtime_context().worker.mode == ray.WORKER_MODE and trains_in_task(config)
+
+
+def trains_in_task(config: RunConfig) -> bool:
+    """One worker without DeepSpeed is a process like any other."""
+    return config.distributed.num_workers == 1 and config.distributed.deepspeed is None
+
+
+def places(config: RunConfig) -> int:
+    """How many runs of this size the cluster has room for at once, at least one."""
+    import ray
+
+    have = ray.cluster_resources()
+    each = {key: amount * config.distributed.num_workers for key, amount in worker_resources(config).items() if amount}
+    return max(1, min((int(have.get(key, 0) // amount) for key, amount in each.items()), default=1))
+
+
+class Tasks:
+    """Calls of one function on the cluster, each in a process of its own; a process that is free takes the next."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.running = function, {}
+
+    def start(self, key: Any, config: RunConfig, *arguments: Any) -> None:
+        """Call the function with `arguments`; a run that trains inside the task takes a worker's resources."""
+        import ray
+
+        need = worker_resources(config) if trains_in_task(config) else {}
+        options = {"num_cpus": need.pop("CPU", 0), "num_gpus": need.pop("GPU", 0), "resources": need}
+        task = ray.remote(max_retries=0, **options)(self.function)  # with GPUs, Ray takes a new process for each call
+        self.running[task.remote(*arguments)] = key
+
+    def ended(self, timeout_s: float) -> list[tuple[Any, Any]]:
+        """(key, result or exception) of each call that has ended, after waiting for one as long as told."""
+        import ray
+
+        done, _ = ray.wait(list(self.running), timeout=timeout_s)
+        found = []
+        for reference in done:
+            try:
+                result = ray.get(reference)
+            except Exception as error:  # its process died, or could not start
+                result = error
+            found.append((self.running.pop(reference), result))
+        return found

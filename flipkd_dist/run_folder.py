@@ -82,9 +82,12 @@ class RunFolder:
 
     def __init__(self, config: RunConfig):
         self.config, self.path = config, config.run_dir
-        self.teacher, self.adapter, self.checkpoints = (self.path / p for p in ("teacher", "adapter", "checkpoints"))
+        self.notes = self.path / "teacher"  # what this run makes of its teacher: the report, fitted curves
+        shared = config.teacher.store_path
+        self.teacher = Path(shared).expanduser() if shared else self.notes  # the store
+        self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.metric_log = self.path / "metrics.json", self.path / "metrics.jsonl"
-        self.report = self.teacher / "report.html"
+        self.report = self.notes / "report.html"
         self.profile = self.path / "profile"
         self.stop = self.path / "stop"  # asks a training to stop after its current step
 
@@ -150,6 +153,7 @@ class RunFolder:
     def open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "config.yaml", self.config.to_yaml())
+        self.notes.mkdir(exist_ok=True)
 
     def done(self, stage: str, inputs: str) -> bool:
         return (read_json(self.path / "stages.json") or {}).get(stage) == inputs

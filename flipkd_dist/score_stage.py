@@ -63,18 +63,28 @@ def score_tables(inputs: Inputs) -> None:
     Raises:
         UserError: besides, L_MCL would have nothing to learn from.
     """
-    config, train = inputs.config, inputs.splits["train"]
-    if inputs.teacher is not None:
-        fill_store(config, Job(inputs.teacher, inputs.store, lambda: inputs.texts, len(inputs.texts)))
-    fill_pair_store(
-        inputs, lambda texts: fill_store(config, Job(inputs.pair_source, inputs.pair_store, texts, None, "pairs"))
-    )
+    fill_stores(inputs)
     calibrate(inputs)
+    train = inputs.splits["train"]
     worst, similarity = ContradictoryPairs(), open_signals(inputs, "train").of_pairs()
     texts_a, texts_b = ([train.texts[number] for number in side.tolist()] for side in (train.text_a, train.text_b))
     worst.add(similarity, train.label, texts_a, texts_b, train.ids)
     off_diagonal = off_diagonal_sample(inputs, NUM_OFF_DIAGONAL)
     tell(inputs, Similarities(similarity, train.label, off_diagonal, worst.worst()), len(inputs.texts))
+
+
+def fill_stores(inputs: Inputs) -> None:
+    """Score whatever the run's stores lack.
+
+    Raises:
+        UserError, RuntimeError: as `fill_store`.
+    """
+    config = inputs.config
+    if inputs.teacher is not None:
+        fill_store(config, Job(inputs.teacher, inputs.store, lambda: inputs.texts, len(inputs.texts)))
+    fill_pair_store(
+        inputs, lambda texts: fill_store(config, Job(inputs.pair_source, inputs.pair_store, texts, None, "pairs"))
+    )
 
 
 def score_streams(inputs: Inputs, pairs: PairStream, num_texts: int) -> None:

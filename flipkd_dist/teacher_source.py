@@ -13,6 +13,7 @@ from flipkd_dist.config import RunConfig, TeacherConfig
 from flipkd_dist.endpoint_teacher import Endpoint, EndpointTeacher, probe_fingerprint, recorded_probe
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import check_files, fingerprint, resolve_config, resolve_model
+from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.sentence_folder import CONFIGS, SentenceFolder, read_sentence_folder
 from flipkd_dist.sentence_teacher import SentenceTeacher
 from flipkd_dist.store import StoreSpec
@@ -154,7 +155,7 @@ def _endpoint_part(config: RunConfig) -> EndpointPart:
         settings.api_base, settings.model_name_or_path, settings.api_key_env, rate / workers if rate else None
     )
     endpoint.check()
-    record = config.run_dir.absolute() / "teacher" / f"endpoint-{endpoint.name}.json"
+    record = RunFolder(config).teacher.absolute() / f"endpoint-{endpoint.name}.json"
     probe = recorded_probe(record)
     if probe is None:
         probe = EndpointTeacher(endpoint).probe

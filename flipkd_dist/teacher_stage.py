@@ -119,7 +119,7 @@ def calibrate(inputs: Inputs) -> None:
 
 
 def _calibration_file(inputs: Inputs) -> Path:
-    return inputs.folder.teacher / "calibration.json"
+    return inputs.folder.notes / "calibration.json"
 
 
 def _fitted(inputs: Inputs) -> dict[str, Calibration] | None:

@@ -19,6 +19,7 @@ from flipkd_dist.run_folder import read_json, write_json
 logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 RUN_FILE = "mlflow.json"
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -64,7 +65,9 @@ def start_run(config: RunConfig) -> str:
         experiment_id = mlflow_client.create_experiment(config.tracking.experiment, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
-    run_id = mlflow_client.create_run(experiment_id, run_name=config.name).info.run_id
+    parent = config.tracking.parent_run_id
+    tags = {PARENT: parent} if parent else {}
+    run_id = mlflow_client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
     for key, value in flatten(config.model_dump(mode="json")).items():
         mlflow_client.log_param(run_id, key, value, synchronous=True)
     mlflow_client.log_artifact(run_id, str(config.run_dir / "config.yaml"))

@@ -1,0 +1,184 @@
+"""`flipkd compare`: the rows of a table as runs on one cluster, then its statistics and its report."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from flipkd_dist.comparison import READINGS, Comparison, Row
+from flipkd_dist.comparison_reading import INDEX, SPLITS, read_comparison
+from flipkd_dist.comparison_rows import ENCODERS, chosen_rows, planned_runs, settings_of
+from flipkd_dist.comparison_runs import Run, Runner, place_runs
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.pipeline import absolute_paths
+from flipkd_dist.ray_launch import check_room, join_or_start_ray, places
+from flipkd_dist.run_folder import RunFolder, read_json, write_json
+from flipkd_dist.score_stage import fill_stores
+from flipkd_dist.teacher_stage import is_scored
+from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
+
+logger = logging.getLogger("flipkd_dist")
+
+
+def compare(
+    config: RunConfig,
+    names: Sequence[str] | None = None,
+    num_seeds: int = 3,
+    sweeps: Sequence[str] = (),
+    teachers: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    jobs: int | None = None,
+) -> bool:
+    """Make the runs that are not finished, print the table and write the report; whether all runs are finished.
+
+    Args:
+        names, sweeps, teachers, settings: as `comparison_rows.chosen_rows` takes them.
+        jobs: the most runs at once; None for what the cluster has room for.
+    Raises:
+        UserError: before anything is started or written.
+        StoppedOnRequest: asked to stop; the next call goes on.
+    """
+    table = Table(config, chosen_rows(config, names, sweeps, teachers, settings), num_seeds)
+    if not all(run.is_finished for run in table.runs):
+        table.make(jobs)
+    table.note()
+    table.conclude()
+    return table.say_failures() == 0
+
+
+class Table:
+    """A comparison on its way: the folder, the rows and their runs."""
+
+    def __init__(self, config: RunConfig, rows: list[Row], num_seeds: int):
+        """Checks every run; writes nothing.
+
+        Raises:
+            UserError: names the row.
+        """
+        config = absolute_paths(config)
+        if config.data.test is None:
+            raise UserError("data.test is missing: a comparison needs pairs to compare on")
+        self.name, self.rows = config.name, rows
+        self.config = config.model_copy(update={"name": f"{config.name}-compare"})
+        self.folder = RunFolder(self.config)
+        self.folder.check()
+        self.shared = _shared(config, self.folder.path, tracking_uri(self.config))
+        self.runs = place_runs(planned_runs(self.shared, rows, num_seeds), self.folder.path)
+
+    def make(self, jobs: int | None) -> None:
+        """Make the runs; what ends this early leaves every finished one.
+
+        Raises:
+            UserError: the cluster has no room for a worker.
+            StoppedOnRequest
+        """
+        join_or_start_ray(self.shared, log_to_driver=False)
+        for run in self.runs:
+            check_room(run.config)
+        self.folder.open()
+        tracker = RunLogger(tracking_uri(self.config), self._parent_run())
+        tracker.reopen()
+        for run in self.runs:
+            run.nest(tracker.run_id)
+        self.note()
+        try:
+            for run in self.runs:
+                if not run.is_finished and not is_scored(run.inputs):
+                    fill_stores(run.inputs)
+            room = min(places(run.config) for run in self.runs)
+            Runner(self.runs, room if jobs is None else min(room, jobs), self.note).run()
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, StoppedOnRequest | StoppedAtOnce) else "FAILED")
+            raise
+        tracker.finish("FAILED" if any(run.status == "failed" for run in self.runs) else "FINISHED")
+
+    def _parent_run(self) -> str:
+        """The MLflow run of the comparison; one that was begun goes on."""
+        path, uri = self.folder.path / RUN_FILE, tracking_uri(self.config)
+        known = read_json(path) or {}
+        if known.get("uri") != uri:
+            known = {"run_id": start_run(self.config), "uri": uri}
+            write_json(path, known)
+        return known["run_id"]
+
+    def note(self) -> None:
+        """Say in comparison.json what belongs to the table now."""
+        entries = []
+        for row in self.rows:
+            runs = self._students_of(row) if row.kind in ENCODERS else [run for run in self.runs if run.row == row]
+            entries.append({**asdict(row), "runs": [run.entry(self.folder.path) for run in runs]})
+        index = self.folder.path / INDEX
+        kept = read_json(index) or {}
+        unchanged = {"results": kept["results"]} if kept.get("rows") == entries and "results" in kept else {}
+        write_json(index, {"name": self.name, "rows": entries, **unchanged})
+
+    def _students_of(self, encoder: Row) -> list[Run]:
+        """Runs whose predictions hold what the encoder says: those with the same teacher."""
+        teacher = settings_of(self.shared, encoder).teacher
+        return [run for run in self.runs if run.row.kind == "student" and run.planned.config.teacher == teacher]
+
+    def comparison(self) -> Comparison:
+        tables = self.runs[0].inputs.splits
+        return read_comparison(self.folder.path, {split: tables[split] for split in SPLITS if split in tables})
+
+    def conclude(self) -> None:
+        """Statistics and report out of what is finished; printed, written and logged."""
+        comparison, folder = self.comparison(), self.folder.path
+        try:
+            from flipkd_dist import comparison_report, statistics
+        except ImportError:  # until these parts are merged
+            print(_plain_table(comparison))
+            return
+        results = statistics.compare_rows(comparison)
+        write_json(folder / INDEX, {**read_json(folder / INDEX), "results": results.as_dict()})
+        comparison_report.write(folder, comparison, results)
+        print(statistics.table(results))
+        print(f"\ncomparison folder: {folder}\nreport:            {folder / 'report.html'}")
+        tracker = RunLogger(tracking_uri(self.config), (read_json(folder / RUN_FILE) or {}).get("run_id"))
+        tracker.metrics(
+            {
+                f"{row.split}.{row.name}.{row.reading}.{name}": metric.mean
+                for row in results.rows
+                for name, metric in row.metrics.items()
+                if metric.mean is not None
+            },
+            0,
+        )
+        for name in (INDEX, "report.html", "report.md"):
+            tracker.artifact(folder / name)
+
+    def say_failures(self) -> int:
+        """One line for each run that has failed; how many there are."""
+        failed = [run for run in self.runs if run.status == "failed"]
+        for run in failed:
+            print(f"failed: {run.name}: {run.reason} ({run.folder.path / 'run.log'})")
+        return len(failed)
+
+
+def _plain_table(comparison: Comparison) -> str:
+    lines, label = [], comparison.pairs["test"].label
+    for found in comparison.rows:
+        for reading in READINGS:
+            figures = [
+                float(np.mean([roc_auc_score(label, one) for one in run.scores[reading]["test"]]))
+                for run in found.runs
+                if reading in run.scores
+            ]
+            if figures:
+                mean, spread = np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else math.nan
+                lines.append(f"{found.row.title:<32}{reading:<12}{mean:8.4f} +- {spread:.4f} ({len(figures)})")
+    return "\n".join(lines)
+
+
+def _shared(config: RunConfig, folder: Path, uri: str) -> RunConfig:
+    """What all rows have in common besides the user's settings: one teacher's store, one MLflow store."""
+    teacher = config.teacher.model_copy(update={"store_path": config.teacher.store_path or str(folder / "teacher")})
+    keep = max(config.train.keep_checkpoints, config.train.test_checkpoints)
+    train = config.train.model_copy(update={"keep_checkpoints": keep})
+    tracking = config.tracking.model_copy(update={"mlflow_tracking_uri": uri})
+    return config.model_copy(update={"teacher": teacher, "train": train, "tracking": tracking})
