@@ -64,7 +64,7 @@ def distance_sum(student_similarity: Tensor, teacher_similarity: Tensor, keep: T
 class Margins:
     """By how much a contrastive loss widens the angle of each pair that matches and narrows that of each negative.
 
-    In radians, >= 0; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al. 2018,
+    In radians, >= 0 up to rounding; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al. 2018,
     arXiv 1807.03748) has neither.
     """
 
@@ -103,7 +103,7 @@ def kdmcse_margins(student_similarity: Tensor, teacher_similarity: Tensor, margi
     Source: KDMCSE, Nguyen et al. 2024.
     """
     wide = _angle(student_similarity.detach()) > margin
-    return Margins(negative=margin * (1 - teacher_similarity).clamp(min=0) * wide)  # rounding may pass 1
+    return Margins(negative=margin * (1 - teacher_similarity) * wide)
 
 
 def _logits(cosine: Tensor, shift: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
