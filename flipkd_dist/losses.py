@@ -64,8 +64,8 @@ def distance_sum(student_similarity: Tensor, teacher_similarity: Tensor, keep: T
 class Margins:
     """By how much a contrastive loss widens the angle of each pair that matches and narrows that of each negative.
 
-    In radians, >= 0 up to rounding; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al. 2018,
-    arXiv 1807.03748) has neither.
+    In radians, >= 0 up to rounding; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al.
+    2018, arXiv 1807.03748) has neither.
     """
 
     positive: Tensor | None = None  # [m, 1] or a scalar
