@@ -96,7 +96,7 @@ def arccse_margins(student_similarity: Tensor, margin: float) -> Margins:
 def kdmcse_margins(student_similarity: Tensor, teacher_similarity: Tensor, margin: float) -> Margins:
     """Of AdapACSE: for negatives wider than `margin` radians, as much of it as the teacher sees them differ.
 
-    Nearer ones have none, and the logit jumps at `margin`: so the paper and its authors' program have it.
+    Nearer ones have none, and the logit jumps at `margin`: so its authors' program has it.
 
     Args:
         student_similarity, teacher_similarity: [m, n] cosines.
