@@ -64,8 +64,8 @@ def distance_sum(student_similarity: Tensor, teacher_similarity: Tensor, keep: T
 class Margins:
     """By how much a contrastive loss widens the angle of each pair that matches and narrows that of each negative.
 
-    In radians, >= 0; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al. 2018,
-    arXiv 1807.03748) has neither.
+    In radians, >= 0 up to rounding; None: that side's logits are the cosines as they are. InfoNCE (van den Oord et al.
+    2018, arXiv 1807.03748) has neither.
     """
 
     positive: Tensor | None = None  # [m, 1] or a scalar
@@ -96,14 +96,14 @@ def arccse_margins(student_similarity: Tensor, margin: float) -> Margins:
 def kdmcse_margins(student_similarity: Tensor, teacher_similarity: Tensor, margin: float) -> Margins:
     """Of AdapACSE: for negatives wider than `margin` radians, as much of it as the teacher sees them differ.
 
-    Nearer ones have none, and the logit jumps at `margin`: so the paper and its authors' program have it.
+    Nearer ones have none, and the logit jumps at `margin`: so its authors' program has it.
 
     Args:
         student_similarity, teacher_similarity: [m, n] cosines.
     Source: KDMCSE, Nguyen et al. 2024.
     """
     wide = _angle(student_similarity.detach()) > margin
-    return Margins(negative=margin * (1 - teacher_similarity).clamp(min=0) * wide)  # rounding may pass 1
+    return Margins(negative=margin * (1 - teacher_similarity) * wide)
 
 
 def _logits(cosine: Tensor, shift: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
