@@ -3,7 +3,8 @@
 Shapes: N pairs of a split, k checkpoints of a run.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -105,3 +106,7 @@ class Results:
     reference: str  # the row that all are tested against
     alpha: float
     resamples: int  # of test pairs
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)

@@ -123,20 +123,25 @@ def hard_negatives(pairs: PairTable) -> np.ndarray:
     return (np.array(pairs.kind) == "hard") & (pairs.label == 0)
 
 
+def parts_by_kind(pairs: PairTable, split: str) -> dict[str, np.ndarray]:
+    """Which pairs each table of a split is about: bool [N] by name; `SPLIT_hard` where there are hard negatives.
+
+    Both tables share the matching pairs.
+    """
+    hard = hard_negatives(pairs)
+    parts = {split: ~hard}
+    if hard.any():
+        parts[f"{split}_hard"] = hard | (pairs.label == 1)
+    return parts
+
+
 def metrics_by_kind(
     rows: dict[str, np.ndarray], pairs: PairTable, thresholds: dict[str, float], split: str
 ) -> dict[str, dict[str, dict]]:
-    """`{split: {row: metrics}}`; hard negatives get a table of their own, `SPLIT_hard`.
-
-    Both tables share the matching pairs. Without `kind` in the data there is one table.
-    """
-    hard = hard_negatives(pairs)
-    chosen = {split: ~hard}
-    if hard.any():
-        chosen[f"{split}_hard"] = hard | (pairs.label == 1)
+    """`{split: {row: metrics}}`; hard negatives get a table of their own, `SPLIT_hard`."""
     return {
         name: {row: binary_metrics(scores[mask], pairs.label[mask], thresholds[row]) for row, scores in rows.items()}
-        for name, mask in chosen.items()
+        for name, mask in parts_by_kind(pairs, split).items()
     }
 
 

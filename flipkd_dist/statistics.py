@@ -1,0 +1,215 @@
+"""`compare_rows(comparison)`: every row of the table against the reference row, by seeds and by test pairs.
+
+The protocol (FlipKD, section 4): each of a run's best checkpoints has its own thresholds, found on validation; a run's
+figure is the mean over its checkpoints, a row's the mean over its runs. docs/statistics.md says what the tests mean.
+
+Shapes: N pairs of the test split, n of them in a table; k checkpoints of a run, S of all runs of a row.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from flipkd_dist.bootstrap import difference, draw, interval, resampled_metrics, two_sided_p
+from flipkd_dist.comparison import (
+    METRICS,
+    READINGS,
+    REFERENCE,
+    Comparison,
+    MetricResult,
+    Results,
+    Row,
+    RowResult,
+    RowScores,
+    RunScores,
+)
+from flipkd_dist.errors import UserError
+from flipkd_dist.evaluate import binary_metrics, parts_by_kind, thresholds_from
+from flipkd_dist.pairs import PairTable
+
+logger = logging.getLogger("flipkd_dist")
+DECIDING_SEEDS = 3  # from so many common seeds on, the t-test has its say
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """What a row says of the n pairs of one table."""
+
+    row: Row
+    seeds: list[int]
+    values: dict[str, list[float]]  # metric -> a value per seed
+    scores: np.ndarray  # [S, n]
+    thresholds: np.ndarray  # [S]
+    share: np.ndarray  # [S], of a checkpoint in the row's mean
+
+
+def compare_rows(comparison: Comparison, alpha: float = 0.01, resamples: int = 10_000, seed: int = 0) -> Results:
+    """Means, differences from the reference row, p-values and verdicts for every table, reading and metric.
+
+    Args:
+        alpha: level of significance; the paper's is 0.01.
+        resamples: of test pairs.
+        seed: of the resampling, the only source of chance.
+    Raises:
+        UserError: so few resamples that no row could ever be called different.
+    """
+    results, num_tested = [], len(comparison.rows) - 1
+    fewest = math.floor(2 * num_tested / alpha)
+    if resamples < fewest:
+        raise UserError(
+            f"resamples: with {resamples} no p-value corrected for {num_tested} rows can fall below {alpha}: "
+            f"take {fewest} or more"
+        )
+    pairs = comparison.pairs.get("test")
+    for split, part in parts_by_kind(pairs, "test").items() if pairs is not None else ():
+        counts = draw(int(part.sum()), resamples, seed)
+        for reading in READINGS:
+            found = [_answers(row, reading, comparison.pairs, part) for row in comparison.rows]
+            answers = [one for one in found if one is not None]
+            figures = _figures(answers, pairs.label[part], counts, alpha)
+            results += [
+                RowResult(one.row.name, one.row.title, reading, split, metrics)
+                for one, metrics in zip(answers, figures, strict=True)
+            ]
+    return Results(results, REFERENCE, alpha, resamples)
+
+
+def run_thresholds(run: RunScores, reading: str, validation: PairTable | None) -> np.ndarray:
+    """Of each checkpoint, from the run's own validation scores alone: float64 [k]; 0.5 without validation pairs."""
+    scores = run.scores[reading].get("validation")
+    if validation is None or scores is None:
+        return np.full(len(run.scores[reading]["test"]), 0.5)
+    return np.array([thresholds_from({reading: values}, validation)[reading] for values in scores])
+
+
+def _finite(run: RunScores, reading: str) -> dict[str, np.ndarray]:
+    """The scores of the checkpoints that are finite throughout, by split; {} where there are none."""
+    scores = run.scores.get(reading, {})
+    if "test" not in scores:
+        return {}
+    sound = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in scores.values()])
+    return {split: values[sound] for split, values in scores.items()} if sound.any() else {}
+
+
+def _answers(found: RowScores, reading: str, pairs: dict[str, PairTable], part: np.ndarray) -> _Answers | None:
+    """None for a row without this reading, or without a run.
+
+    Args:
+        part: bool [N], the test pairs of the table.
+    """
+    runs = [replace(run, scores={reading: scores}) for run in found.runs if (scores := _finite(run, reading))]
+    labels = pairs["test"].label[part]
+    if not runs or not len(labels):
+        return None
+    if lost := len(found.runs) - len(runs):
+        logger.warning("warning: %s: %d of %d runs have no finite %s", found.row.name, lost, len(found.runs), reading)
+    scores = [run.scores[reading]["test"][:, part] for run in runs]
+    thresholds = [run_thresholds(run, reading, pairs.get("validation")) for run in runs]
+    values: dict[str, list[float]] = {}
+    for answers, limits in zip(scores, thresholds, strict=True):
+        every = [binary_metrics(one, labels, limit) for one, limit in zip(answers, limits, strict=True)]
+        for metric in METRICS:
+            if every[0][metric] is not None:  # ROC-AUC of labels that are all alike
+                values.setdefault(metric, []).append(float(np.mean([one[metric] for one in every])))
+    share = [np.full(len(one), 1 / (len(one) * len(runs))) for one in scores]
+    joined = (np.concatenate(parts) for parts in (scores, thresholds, share))
+    return _Answers(found.row, [run.seed for run in runs], values, *joined)
+
+
+def _figures(
+    answers: list[_Answers], labels: np.ndarray, counts: np.ndarray, alpha: float
+) -> list[dict[str, MetricResult]]:
+    """Of each row, by metric."""
+    metrics = [metric for metric in METRICS if answers and metric in answers[0].values]
+    figures = [{metric: _summary(found.values[metric]) for metric in metrics} for found in answers]
+    reference = next((found for found in answers if found.row.name == REFERENCE), None)
+    if reference is None:
+        return figures
+    resampled = [resampled_metrics(one.scores, one.thresholds, one.share, labels, counts) for one in answers]
+    base, tested = resampled[answers.index(reference)], [n for n, one in enumerate(answers) if one is not reference]
+    for metric in metrics:
+        results = [figures[number][metric] for number in tested]
+        differences = [difference(resampled[number][metric], base[metric]) for number in tested]
+        by_seed = [common_seeds(answers[number], reference, metric) for number in tested]
+        p_seeds = [paired_t_test(*values) for values in by_seed]
+        has_say = [len(values) >= DECIDING_SEEDS for values, _ in by_seed]
+        mean = figures[answers.index(reference)][metric].mean
+        for number, result in zip(tested, against(mean, results, differences, p_seeds, has_say, alpha), strict=True):
+            figures[number][metric] = result
+    return figures
+
+
+def against(
+    reference: float,
+    results: list[MetricResult],
+    differences: list[np.ndarray],
+    p_seeds: list[float | None],
+    has_say: list[bool],
+    alpha: float,
+) -> list[MetricResult]:
+    """One metric of all tested rows, with the tests' results corrected for their number.
+
+    Args:
+        reference: the reference row's mean.
+        differences: from the reference row in every resample [B], a row each.
+        p_seeds: of the t-test, where it can be made.
+        has_say: where the t-test has seeds enough to have its say in the verdict.
+    """
+    p_pairs = [two_sided_p(values) for values in differences]
+    found = []
+    corrected = zip(holm(p_pairs), holm(p_seeds), strict=True)
+    for number, (result, (by_pairs, by_seeds)) in enumerate(zip(results, corrected, strict=True)):
+        deciding = max(by_pairs, by_seeds) if has_say[number] and by_seeds is not None else by_pairs
+        change = result.mean - reference
+        verdict = "no difference" if deciding >= alpha else "better" if change > 0 else "worse"
+        low, high = interval(differences[number])
+        found.append(
+            replace(
+                result,
+                difference=change,
+                low=low,
+                high=high,
+                p_seeds=p_seeds[number],
+                p_pairs=p_pairs[number],
+                p_corrected=deciding,
+                verdict=verdict,
+            )
+        )
+    return found
+
+
+def _summary(values: list[float]) -> MetricResult:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return MetricResult(float(np.mean(values)), std, values)
+
+
+def common_seeds(row: _Answers, reference: _Answers, metric: str) -> tuple[list[float], list[float]]:
+    """The values of a metric for the seeds that both rows have."""
+    mine, theirs = (dict(zip(one.seeds, one.values[metric], strict=True)) for one in (row, reference))
+    seeds = sorted(mine.keys() & theirs.keys())
+    return [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+
+
+def paired_t_test(row: Sequence[float], reference: Sequence[float]) -> float | None:
+    """Two-tailed p; None with fewer than two pairs of values, or where all differ by the same."""
+    if len(row) < 2 or np.ptp(np.subtract(row, reference)) < 1e-12:
+        return None
+    return float(ttest_rel(row, reference).pvalue)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Each p-value, corrected for the number of them; None stays None and does not count.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        corrected[place] = largest
+    return corrected
