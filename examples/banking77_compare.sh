@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does flipped distillation help on intents never seen? The table, then retrieval and clustering with texts read alone.
 # With flipkd on the path (. .venv/bin/activate). Usage: examples/banking77_compare.sh FOLDER [key=value ...]; FOLDER
-# holds train.csv and test.csv of Banking77. Whatever is finished is not repeated: run it again after a stop.
+# holds train.csv and test.csv of Banking77. After a stop, run it again: trainings that are finished are not repeated.
 set -euo pipefail
 folder=$1; shift
 here=$(dirname "$0")
@@ -30,10 +30,12 @@ alone=(student.mode=alone "student.prompt='same question? {text} |'")
 flipkd run "$config" "name=$name-lora_a" "${alone[@]}" student.readout=lora_a "$@"
 flipkd run "$config" "name=$name-lasttoken" "${alone[@]}" student.readout=lasttoken "$@"
 flipkd run "$config" "name=$name-mean" "${alone[@]}" student.readout=mean student.bidirectional=true "$@"
-for model in "--encoder $teacher" runs/$name-lora_a runs/$name-lasttoken runs/$name-mean; do
+for model in "--encoder $teacher" "runs/$name-lora_a" "runs/$name-lasttoken" "runs/$name-mean"; do
   printf '\n%s\n' "$model"
   output=runs/$name-retrieval/${model##*[/ ]}
+  rm -rf "$output"
   # shellcheck disable=SC2086  # an option and its value
   flipkd retrieve $model --data "$data/beir" --output "$output"
+  # shellcheck disable=SC2086
   flipkd cluster $model --input "$data/test.csv" --text text --group category
 done
