@@ -126,4 +126,4 @@ def _matrix(path: Path) -> Matrix | None:
     found = read_json(path / "similarity_matrix.json")
     if found is None:
         return None
-    return Matrix(found["pairs"], np.array(found["teacher"]), np.array(found["student"]))
+    return Matrix(found["pairs"], np.array(found["teacher"], np.float64), np.array(found["student"], np.float64))
