@@ -120,3 +120,5 @@ def test_cost_counts_steps_between_lines_whatever_else_is_logged(tmp_path):
     assert cost.tokens == 20 + 450 + 100
     assert cost.peak_memory == 3 * 2**30 and cost.trainable_parameters == 17
     assert read_cost(tmp_path / "nothing") is None
+    (tmp_path / "cost.json").write_text(json.dumps(asdict(cost) | {"tokens": 1}))
+    assert read_cost(tmp_path).tokens == 1
