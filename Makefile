@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+ONE_WORKER := distributed.num_workers=1 distributed.deepspeed=null train.per_device_train_batch_size=32
 
 .PHONY: demo compare test soak lint install
 
@@ -15,8 +16,10 @@ install: .venv/installed
 demo: install  ## the main job, end to end, on the sample set
 	$(BIN)/python -m flipkd_dist.samples.demo
 
-compare: install  ## the same budget twice: L_sup alone and flip
-	$(BIN)/python -m flipkd_dist.samples.demo --compare
+compare: install  ## the table on the sample set: L_sup alone, flip and its ablations, three seeds each
+	$(BIN)/python -m flipkd_dist.samples.demo --pairs
+	$(BIN)/python -m flipkd_dist compare flipkd_dist/samples/demo.yaml $(ONE_WORKER) \
+	  --rows lora_sup,flip,no_mcl,no_dist,no_filter --seeds 3 --jobs 2
 
 test: install lint
 	$(BIN)/python -m pytest -m "not soak"

@@ -136,7 +136,7 @@ class Table:
             return
         results = statistics.compare_rows(comparison)
         write_json(folder / INDEX, {**read_json(folder / INDEX), "results": results.as_dict()})
-        comparison_report.write(folder, comparison, results)
+        comparison_report.write(folder, comparison, results, self._flip(), self._failures())
         print(statistics.table(results))
         print(f"\ncomparison folder: {folder}\nreport:            {folder / 'report.html'}")
         tracker = RunLogger(tracking_uri(self.config), (read_json(folder / RUN_FILE) or {}).get("run_id"))
@@ -151,6 +151,18 @@ class Table:
         )
         for name in (INDEX, "report.html", "report.md"):
             tracker.artifact(folder / name)
+
+    def _flip(self) -> RunConfig:
+        return next((run.config for run in self.runs if run.row.name == "flip"), self.shared)
+
+    def _failures(self) -> dict[str, str]:
+        """By row: why it has fewer runs than it should."""
+        found: dict[str, str] = {}
+        for run in self.runs:
+            if run.status == "failed":
+                before = f"{found[run.row.name]}; " if run.row.name in found else ""
+                found[run.row.name] = f"{before}seed {run.planned.seed}: {run.reason}"
+        return found
 
     def say_failures(self) -> int:
         """One line for each run that has failed; how many there are."""

@@ -102,10 +102,12 @@ def _stand_in(seed: int, path: Path, pairs: dict[str, PairTable]) -> RunScores:
 
 
 def read_cost(path: Path) -> Cost | None:
-    """What a run's training took by its metrics.jsonl; None where it has not trained a student.
+    """What a run's training took by its metrics.jsonl, an encoder's by its cost.json; None where nothing was trained.
 
     A line holds means since the line before; of a resumed training the steps that were done twice count once.
     """
+    if told := read_json(path / "cost.json"):
+        return Cost(**told)
     file = path / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     seconds = tokens = peak = 0.0
@@ -126,4 +128,4 @@ def _matrix(path: Path) -> Matrix | None:
     found = read_json(path / "similarity_matrix.json")
     if found is None:
         return None
-    return Matrix(found["pairs"], np.array(found["teacher"]), np.array(found["student"]))
+    return Matrix(found["pairs"], np.array(found["teacher"], np.float64), np.array(found["student"], np.float64))

@@ -114,7 +114,7 @@ def make_run(config: dict[str, Any], kind: str, taught_by: str | None, key: str)
     folder.open()  # else the log would make it a folder that is not ours
     with suppress(OSError):  # the peak of memory that is measured is this run's, not of what the process did before
         Path("/proc/self/clear_refs").write_text("5")
-    with logging_to(folder.path / "run.log"):
+    with logging_to(str(folder.path / "run.log")):
         try:
             _make(config, kind, taught_by)
             folder.mark_done(STAGE, key)

@@ -6,16 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
-def set_up_logging() -> None:
-    """Our own messages as they are; warnings of others only when they matter."""
+def set_up_logging(file: str | None = None) -> None:
+    """Our own messages as they are, on the screen or at the end of a file; warnings of others when they matter."""
     logger = logging.getLogger("flipkd_dist")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_handler(file))
         logger.propagate = False
     logger.setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,19 +21,29 @@ def set_up_logging() -> None:
     quiet_others()
 
 
+def _handler(file: str | None) -> logging.Handler:
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s" if file else "%(message)s"))
+    return handler
+
+
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Our own messages go to the end of a file meanwhile, with the time, and not to the screen."""
-    logger = logging.getLogger("flipkd_dist")
+def logging_to(file: str) -> Iterator[None]:
+    """Our own messages go to the end of a file meanwhile, with the time."""
     set_up_logging()
-    others, handler = logger.handlers, logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.handlers = [handler]
+    logger = logging.getLogger("flipkd_dist")
+    others, logger.handlers = logger.handlers, [_handler(file)]
     try:
         yield
     finally:
+        logger.handlers[0].close()
         logger.handlers = others
-        handler.close()
+
+
+def log_file() -> str | None:
+    """Where our messages go, if that is a file: for processes that work for this one."""
+    handlers = logging.getLogger("flipkd_dist").handlers
+    return next((handler.baseFilename for handler in handlers if isinstance(handler, logging.FileHandler)), None)
 
 
 def quiet_others() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
+from flipkd_dist.console import log_file
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.ray_pool import autoscales
 from flipkd_dist.run_folder import RunFolder, write_whole
@@ -78,7 +79,7 @@ def _worker(work: dict[str, Any]) -> None:
     from flipkd_dist.train import train
     from flipkd_dist.world import World
 
-    set_up_logging()
+    set_up_logging(work["log"])
     config = validate(work["config"], "the driver's configuration")
     try:
         for stage in work["stages"]:
@@ -100,7 +101,12 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
     """
     gpu = uses_gpu(config)
     resolved = config.model_copy(update={"distributed": config.distributed.model_copy(update={"use_gpu": gpu})})
-    work = {"config": resolved.model_dump(mode="json"), "stages": stages, "mlflow_run_id": mlflow_run_id}
+    work = {
+        "config": resolved.model_dump(mode="json"),
+        "stages": stages,
+        "mlflow_run_id": mlflow_run_id,
+        "log": log_file(),
+    }
     _worker(work) if _is_the_worker(config) else _fit(resolved, work)
     stop = RunFolder(config).stop
     if stop.is_file() and (said := stop.read_text(encoding="utf-8")):
@@ -114,19 +120,18 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    storage = config.distributed.storage_path or str((config.run_dir / "ray").resolve())
+    distributed, gpu = config.distributed, config.distributed.use_gpu
     trainer = TorchTrainer(
         _worker,
         train_loop_config=work,
         scaling_config=ScalingConfig(
-            num_workers=config.distributed.num_workers,
-            use_gpu=config.distributed.use_gpu,
-            resources_per_worker=worker_resources(config),
+            num_workers=distributed.num_workers, use_gpu=gpu, resources_per_worker=worker_resources(config)
         ),
-        torch_config=TorchConfig(
-            backend="nccl" if config.distributed.use_gpu else "gloo", timeout_s=config.distributed.timeout_s
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=distributed.timeout_s),
+        run_config=TrainRunConfig(
+            name="-".join([config.name, *work["stages"]]),
+            storage_path=distributed.storage_path or str((config.run_dir / "ray").resolve()),
         ),
-        run_config=TrainRunConfig(name="-".join([config.name, *work["stages"]]), storage_path=storage),
     )
     try:
         trainer.fit()
@@ -182,6 +187,8 @@ class Tasks:
         """(key, result or exception) of each call that has ended, after waiting for one as long as told."""
         import ray
 
+        if not self.running:
+            return []
         done, _ = ray.wait(list(self.running), timeout=timeout_s)
         found = []
         for reference in done:

@@ -17,7 +17,6 @@ from flipkd_dist.teacher import Teacher
 SAMPLES = Path(str(files("flipkd_dist.samples")))
 PAIRS = Path("runs/demo-data/pairs.jsonl")
 SPLIT = {"train": 0.6, "validation": 0.15, "test": 0.25}
-SUP_ONLY = ["name=demo-sup-only", "loss.dist_weight=0", "loss.mcl_weight=0"]
 
 
 def make_pairs() -> None:
@@ -32,21 +31,13 @@ def make_pairs() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compare", action="store_true", help="also train the same budget with L_sup alone")
-    start, compare = time.monotonic(), parser.parse_args().compare
+    parser.add_argument("--pairs", action="store_true", help="only make the pairs")
+    start, pairs_only = time.monotonic(), parser.parse_args().pairs
     set_up_logging()
     make_pairs()
-    config = SAMPLES / "demo.yaml"
-    if compare:
-        sup_only = Pipeline(load_config(config, SUP_ONLY))
-        sup_only.score()
-        sup_only.train(then_evaluate=True)
-    flip = Pipeline(load_config(config))
-    flip.run()
-    if compare:
-        print("\nthe same budget with L_sup alone (demo-sup-only):")
-        print(sup_only.table())
+    if pairs_only:
         return
+    Pipeline(load_config(SAMPLES / "demo.yaml")).run()
     binaries = os.path.relpath(Path(sys.executable).parent)
     test = PAIRS.with_name("pairs.test.jsonl")
     print(f"\n{time.monotonic() - start:.0f} s in all. Try next:")

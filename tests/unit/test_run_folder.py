@@ -203,6 +203,7 @@ def test_every_setting_either_decides_or_is_known_not_to():
         "teacher.api_base",
         "teacher.api_key_env",
         "teacher.requests_per_minute",
+        "teacher.store_path",
         "train.per_device_eval_batch_size",
         "train.mini_batch_size",
         "train.logging_steps",
