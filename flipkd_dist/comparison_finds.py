@@ -6,7 +6,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from flipkd_dist.comparison import METRICS, READINGS, Comparison, Matrix, Results, RowResult
-from flipkd_dist.comparison_numbers import FLIP, scorings, test_pairs
+from flipkd_dist.comparison_numbers import FLIP, scorings, table_of
 from flipkd_dist.config import RunConfig
 from flipkd_dist.pairs import PairTable
 
@@ -104,7 +104,7 @@ def won_and_lost(comparison: Comparison, reference: str, count: int = 10) -> tup
     p(match) where both rows have it, else the similarity. Hard non-matches take part.
     """
     rows = [comparison.row(reference), comparison.row(FLIP)]
-    table = test_pairs(comparison)
+    table = table_of(comparison)
     for reading in READINGS:
         found = [scorings(row, reading) for row in rows]
         if table is None or any(scores is None for scores in found):

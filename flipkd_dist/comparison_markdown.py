@@ -33,7 +33,8 @@ def markdown(summary: Summary) -> str:
 def escaped(text: object, limit: int = SHOWN) -> str:
     """One line that reads as it stands, whatever it holds."""
     flat = " ".join(shown(str(text), limit).split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_{}\[\]()#+!|>~$-])", r"\\\1", flat)
+    marked = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", flat)
+    return re.sub(r"^(\d*)([-+#>.)])", r"\1\\\2", marked)  # no list, heading or quotation begins
 
 
 def _table(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -98,7 +99,9 @@ def _pairs(title: str, pairs: list[JudgedPair], summary: Summary) -> list[str]:
     if not pairs:
         return []
     lines = [f"## The {len(pairs)} pairs that flip {title}", ""]
-    lines += [f"{READING_NAMES[summary.judged_by]} from {escaped(summary.reference)} to flip, a mean over seeds.", ""]
+    way = "towards" if title == "won" else "away from"
+    said = f"{READING_NAMES[summary.judged_by]} of {escaped(summary.reference)} → that of flip, means over seeds and"
+    lines += [f"{said} checkpoints: where flip moved it farthest {way} the label.", ""]
     for pair in pairs:
         lines.append(f"- label {pair.label}, {pair.before:.3f} → {pair.after:.3f}, {escaped(pair.id, 80)}")
         lines += [f"  - {escaped(text)}" for text in (pair.text_a, pair.text_b)]

@@ -50,7 +50,7 @@ class Reliability:
     error: float  # ECE, a mean over scorings
 
 
-def test_pairs(comparison: Comparison) -> PairTable | None:
+def table_of(comparison: Comparison) -> PairTable | None:
     return comparison.pairs.get("test")
 
 
@@ -83,7 +83,7 @@ def is_cosine_alone(comparison: Comparison) -> bool:
 
 def distributions(comparison: Comparison, rows: list[str], reading: str, bins: int = 40) -> list[Distribution]:
     """Of every row that has this reading, in bins that reach over the scores of all of them."""
-    table = test_pairs(comparison)
+    table = table_of(comparison)
     found = {name: scorings(comparison.row(name), reading) for name in rows}
     found = {name: scores for name, scores in found.items() if scores is not None}
     if table is None or not found:
@@ -108,7 +108,7 @@ def curves(comparison: Comparison, rows: list[str], reading: str) -> tuple[list[
     Returns:
         Two empty lists where the pairs are of one class.
     """
-    table = test_pairs(comparison)
+    table = table_of(comparison)
     easy = ~hard_negatives(table) if table is not None else None
     if table is None or len(set(table.label[easy].tolist())) < 2:
         return [], []
@@ -151,7 +151,7 @@ def reliability(comparison: Comparison, row: str) -> Reliability | None:
 
     Source: expected calibration error with bins of equal width (Guo et al. 2017, arXiv 1706.04599, Eq 3).
     """
-    table, scores = test_pairs(comparison), scorings(comparison.row(row), "p_match")
+    table, scores = table_of(comparison), scorings(comparison.row(row), "p_match")
     if table is None or scores is None:
         return None
     easy = ~hard_negatives(table)

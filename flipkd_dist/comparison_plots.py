@@ -177,14 +177,14 @@ def _sweep(sweep: Sweep, results: Results) -> Figure | None:
 
 
 def _matrices(found: dict[str, Matrix]) -> Figure | None:
-    """The teacher's and each row's on one scale; the darker, the more similar."""
+    """The teacher's and each row's on one scale; the more ink, the more similar."""
     shown = {"teacher": next(iter(found.values())).teacher} if found else {}
     shown |= {row: matrix.student for row, matrix in found.items()}
     shown = {name: values for name, values in shown.items() if values.size and np.isfinite(values).all()}
     if len(shown) < 2:
         return None
     low, high = min(map(np.min, shown.values())), max(map(np.max, shown.values()))
-    figure = new_figure(8.4, 0.9 + 8.0 / max(3, len(shown)))
+    figure = new_figure(8.4, 0.3 + 7.8 / max(3, len(shown)))
     *axes, scale = figure.subplots(1, len(shown) + 1, gridspec_kw={"width_ratios": [*[1.0] * len(shown), 0.06]})
     for ax, (name, values) in zip(axes, shown.items(), strict=True):
         cells(ax, values, low, high, INK)

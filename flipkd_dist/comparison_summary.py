@@ -17,7 +17,7 @@ from flipkd_dist.comparison_numbers import (
     is_cosine_alone,
     not_finite,
     reliability,
-    test_pairs,
+    table_of,
 )
 from flipkd_dist.comparison_plots import Drawn
 from flipkd_dist.comparison_words import FEW_SEEDS, headline
@@ -159,7 +159,7 @@ def _notes(comparison: Comparison, results: Results, failures: dict[str, str]) -
             f"with fewer than {FEW_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed would "
             "say the same is not known"
         )
-    table = test_pairs(comparison)
+    table = table_of(comparison)
     if table is None or not len(table):
         notes.append("there are no test pairs")
     elif len(set(table.label[~hard_negatives(table)].tolist())) < 2:

@@ -34,7 +34,7 @@ def _sentence(row: RowResult, reference: str) -> str:
         found = row.metrics.get(metric)
         if found is not None and is_number(found.mean):
             parts[found.verdict if found.verdict in VERDICTS else None].append(f"{name}{_points(found)}")
-    by = f"By {READING_NAMES[row.reading]}"
+    by = f"By {READING_NAMES[row.reading] if row.reading == 'p_match' else 'the cosine of the read-outs'}"
     said = [
         f"{row.title} is {verdict} than {reference} in {_listed(parts[verdict])}"
         for verdict in ("better", "worse")

@@ -2,10 +2,10 @@
 
 import re
 import warnings
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from noise_cases import HOSTILE, LABELLED, OFF_DIAGONAL, degenerate_cases, hostile_pairs
 
 from flipkd_dist.noise_html import html, write_html
@@ -15,35 +15,6 @@ from flipkd_dist.page import SHOWN
 from flipkd_dist.plot_svg import COLOURS
 
 FACTS = {"teacher": "<b>encoder</b>", "fingerprint": "0123abcd"}
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page, whose tags have to be balanced."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.stack, self.tags, self.attributes, self.texts = [], set(), [], []
-        self.feed(text)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes.extend((tag, *attribute) for attribute in attributes)
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes.extend((tag, *attribute) for attribute in attributes)
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if self.stack and self.stack[-1] != "style":
-            self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
