@@ -1,6 +1,7 @@
 """Encoders without a model: vectors that depend on the text alone, an adapter folder of mode `alone`, BEIR folders."""
 
 import json
+import logging
 import sys
 import zlib
 from dataclasses import asdict, replace
@@ -64,6 +65,18 @@ def encoders(monkeypatch, tmp_path):
     save_card(tmp_path / "adapter", mode="alone")
     save_card(tmp_path / "pairs")
     return made
+
+
+@pytest.fixture
+def said():
+    """What the package logs, however the command line has set its logger up."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("flipkd_dist")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 def flipkd(monkeypatch, *arguments):
