@@ -4,7 +4,6 @@ Shapes: N texts in G groups, d the width of a vector.
 """
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,14 @@ from sklearn.metrics import adjusted_rand_score, homogeneity_completeness_v_meas
 
 from flipkd_dist.durable import room_in
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_fields import text_and_group
-from flipkd_dist.pair_files import stream_places
 from flipkd_dist.text_encoder import EncoderChoice, encoded_windows, located
+from flipkd_dist.text_records import read_grouped
 from flipkd_dist.vector_search import vector_file
 
 MANY = 20_000  # texts, above which k-means goes by small batches
 BATCH = 4096
 STARTS = 3  # of k-means for a seed, the best of which is taken
 METRICS = ("v_measure", "homogeneity", "completeness", "adjusted_rand")
-
-
-def read_groups(source: Path, text: str, group: str) -> Iterator[tuple[str, str]]:
-    """Text and group of each record of a file."""
-    return (found for _, found in stream_places(source, text_and_group, text, group))
 
 
 def cluster_file(
@@ -40,32 +33,30 @@ def cluster_file(
     Raises:
         UserError: an unreadable input, fewer than two groups, or no such model.
     """
-    with located(choice) as load:
+    with located(choice) as found:
         numbers: dict[str, int] = {}
-        labels = np.array(
-            [numbers.setdefault(name, len(numbers)) for _, name in read_groups(source, text, group)], np.int32
-        )
+        entries = found.checked(read_grouped(source, text, group))
+        labels = np.array([numbers.setdefault(entry.name, len(numbers)) for entry in entries], np.int32)
         if len(numbers) < 2:
             raise UserError(f"--input {source}: {len(numbers)} groups in column {group}: clusters need two or more")
         if len(numbers) == len(labels):
             raise UserError(f"--input {source}: every text has a group of its own: name another column with --group")
-        encoder, folder = load(), Path(tempfile.gettempdir())
+        encoder, folder = found.load(), Path(tempfile.gettempdir())
         with room_in(folder), vector_file(folder, len(labels), encoder.dimension) as vectors:
             start = 0
-            entries = read_groups(source, text, group)
-            for window, part in encoded_windows(encoder, entries, lambda entry: entry[0], len(labels), "embed"):
+            for window, part in encoded_windows(encoder, read_grouped(source, text, group), len(labels), "embed"):
                 vectors[start : start + len(window)] = part
                 start += len(window)
             runs = [agreement(labels, clusters(vectors, len(numbers), seed)) for seed in range(num_seeds)]
-    found = np.array(runs)
-    deviation = found.std(axis=0, ddof=1) if num_seeds > 1 else np.zeros(len(METRICS))
+    scores = np.array(runs)
+    deviation = scores.std(axis=0, ddof=1) if num_seeds > 1 else np.zeros(len(METRICS))
     return {
         "data": str(source),
         "encoder": choice.name,
         "texts": len(labels),
         "groups": len(numbers),
         "seeds": num_seeds,
-        "mean": dict(zip(METRICS, found.mean(axis=0).tolist(), strict=True)),
+        "mean": dict(zip(METRICS, scores.mean(axis=0).tolist(), strict=True)),
         "standard_deviation": dict(zip(METRICS, deviation.tolist(), strict=True)),
     }
 

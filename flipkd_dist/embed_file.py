@@ -12,34 +12,14 @@ import numpy as np
 
 from flipkd_dist.durable import whole_file
 from flipkd_dist.errors import UserError
-from flipkd_dist.pair_fields import Record, name_of, require_column, text_of
-from flipkd_dist.pair_files import check_output, stream_places
+from flipkd_dist.pair_files import check_output
 from flipkd_dist.predict_file import check_not_input
 from flipkd_dist.text_encoder import EncoderChoice, TextEncoder, encoded_windows, located
+from flipkd_dist.text_records import NamedText, read_named
 
 NPY = ".npy"
 FORMATS = (NPY, ".parquet")
-Entry = tuple[str, str]  # name, "" where there is none, and text
-
-
-def read_entries(source: Path, text: str, name: str | None) -> Iterator[Entry]:
-    """Name and text of each record of a file.
-
-    Args:
-        name: the column of names, then required; None: `id`, where a record has it.
-    Raises:
-        UserError: a record without a text or, where one is asked for, a name.
-    """
-
-    def entry(record: Record) -> Entry:
-        if name is not None:
-            require_column(record, name, "--id")
-        found = name_of(record, name or "id")
-        if name is not None and not found:
-            raise UserError(f"{name} is empty: fill it in or leave --id out")
-        return found, text_of(record, text, "--text")
-
-    return (found for _, found in stream_places(source, entry))
+Parts = Iterator[tuple[list[NamedText], np.ndarray]]
 
 
 def embed_file(
@@ -63,21 +43,18 @@ def embed_file(
             f"--id: an array holds no names, its rows are those of the input: leave it out or write {FORMATS[1]}"
         )
     check_not_input(output, source)
-    entries = partial(read_entries, source, text, name)
-    with located(choice) as load:
-        count = sum(1 for _ in entries())
-        if not count:
-            raise UserError(f"--input {source}: no texts in it: name a file that has some")
-        encoder = load()
-        parts = encoded_windows(encoder, entries(), lambda entry: entry[1], count, "embed")
+    entries = partial(read_named, source, text, name)
+    if next(entries(), None) is None:  # before a registered adapter is fetched
+        raise UserError(f"--input {source}: no texts in it: name a file that has some")
+    with located(choice) as found:
+        count = sum(1 for _ in found.checked(entries()))
+        encoder = found.load()
+        parts = encoded_windows(encoder, entries(), count, "embed")
         with whole_file(output) as file:
             written = (write_npy if output.suffix == NPY else write_parquet)(file, parts, count, encoder)
     if written != count:
         raise UserError(f"--input {source}: {count} texts were checked and {written} read: it changed meanwhile")
     return count, encoder.dimension
-
-
-Parts = Iterator[tuple[list[Entry], np.ndarray]]
 
 
 def write_npy(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder) -> int:
@@ -100,7 +77,7 @@ def write_parquet(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder
     written = 0
     with pq.ParquetWriter(file, schema) as writer:
         for window, vectors in parts:
-            names = pa.array([name or None for name, _ in window], pa.string())
+            names = pa.array([entry.name or None for entry in window], pa.string())
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
             writer.write_table(pa.table([names, pa.FixedSizeListArray.from_arrays(flat, encoder.dimension)], schema))
             written += len(window)

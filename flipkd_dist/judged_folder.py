@@ -13,9 +13,10 @@ from flipkd_dist.beir_folder import QRELS, Lines, beir_name, find_text, qrels_fi
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_fields import Record, score_of, shown
 from flipkd_dist.pair_files import read_records
+from flipkd_dist.text_records import NamedText
 
 TABLES = (
-    "judged (query TEXT, document TEXT, grade INTEGER, place INTEGER, PRIMARY KEY (query, document)) WITHOUT ROWID",
+    "judged (query TEXT, document TEXT, grade INTEGER, line INTEGER, PRIMARY KEY (query, document)) WITHOUT ROWID",
     "rows (row INTEGER PRIMARY KEY, id TEXT)",
 )
 RELEVANT = "SELECT DISTINCT query FROM judged WHERE grade > 0"
@@ -88,16 +89,18 @@ class JudgedFolder:
             if len(name.split()) > 1:
                 raise UserError(f"{what} {shown(name)}: an id with a space, which a TREC run cannot hold: rename it")
 
-    def query_texts(self) -> Iterator[str]:
+    def query_texts(self) -> Iterator[NamedText]:
         """The texts of `queries`, in their order."""
         for name in self.queries:
-            [(place,)] = self._database.execute("SELECT min(place) FROM judged WHERE query = ?", (name,))
-            yield find_text(self._queries, name, "query", f"{self._qrels}:{place}")
+            [(line,)] = self._database.execute("SELECT min(line) FROM judged WHERE query = ?", (name,))
+            text = find_text(self._queries, name, "query", f"{self._qrels}:{line}")
+            yield NamedText(name, text, f"{self._queries.path}: query {shown(name)}")
 
-    def document_texts(self) -> Iterator[str]:
+    def document_texts(self) -> Iterator[NamedText]:
         """The texts of the rows, in their order."""
         for row in range(self.num_documents):
-            yield self.document_text(row)
+            name = self.document_id(row)
+            yield NamedText(name, self._corpus.text(name), f"{self._corpus.path}: document {shown(name)}")
 
     def document_text(self, row: int) -> str:
         return self._corpus.text(self.document_id(row))

@@ -30,16 +30,10 @@ class MtebModel:
     @cached_property
     def mteb_model_meta(self) -> "ModelMeta":
         from mteb.models import ModelMeta
+        from mteb.models.model_meta import ScoringFunction
 
-        empty = ModelMeta.create_empty()
-        return empty.model_copy(
-            update={
-                "name": self.name,
-                "revision": self.revision,
-                "similarity_fn_name": _cosine(),
-                "framework": ["PyTorch"],
-            }
-        )
+        known = {"name": self.name, "revision": self.revision, "similarity_fn_name": ScoringFunction.COSINE}
+        return ModelMeta.create_empty({**known, "framework": ["PyTorch"]})
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **_: Any) -> np.ndarray:
         """Unit vectors of all texts of the batches, float32 [N, d].
@@ -59,12 +53,6 @@ class MtebModel:
         """Cosines row by row, [N]."""
         one, other = _tensors(embeddings1, embeddings2)
         return (one * other).sum(-1)
-
-
-def _cosine() -> Any:
-    from mteb.models.model_meta import ScoringFunction
-
-    return ScoringFunction.COSINE
 
 
 def _tensors(*vectors: Any) -> "list[torch.Tensor]":

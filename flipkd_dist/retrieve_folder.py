@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from flipkd_dist.rank_file import TAG, rank_lists
 from flipkd_dist.rank_records import CandidateList
 from flipkd_dist.retrieval_metrics import names, query_metrics
 from flipkd_dist.run_folder import write_json
-from flipkd_dist.text_encoder import EncoderChoice, encoded_windows, located
+from flipkd_dist.text_encoder import EncoderChoice, TextEncoder, encoded_windows, located
+from flipkd_dist.text_records import NamedText
 from flipkd_dist.token_batches import BatchLimits
 from flipkd_dist.vector_search import (
     ApproximateIndex,
@@ -78,13 +80,15 @@ def retrieve(
         _require_faiss()
     _check_folder(output)
     with ExitStack() as held:
-        load = held.enter_context(located(choice))
+        encoder = held.enter_context(located(choice))
         adapter = _reranking_adapter(held, rerank)
         judged = held.enter_context(judged_folder(data))
         _warn(judged)
+        for _ in encoder.checked(chain(judged.query_texts(), judged.document_texts())):
+            pass  # before the weights are loaded
         with room_in(output):
             output.mkdir(parents=True, exist_ok=True)
-        lists, found = _search(load, judged, output, top_k, ann)
+        lists, found = _search(encoder.load, judged, output, top_k, ann)
         metrics = {"data": data, "encoder": choice.name, **_counts(judged), "top_k": top_k, **found}
         metrics["retrieval"] = _write_and_measure(output / RUN, judged, lists, top_k)
         if rerank:
@@ -141,7 +145,9 @@ def _counts(judged: JudgedFolder) -> dict[str, int]:
     }
 
 
-def _search(load, judged: JudgedFolder, folder: Path, top_k: int, ann: str | None) -> tuple[Lists, dict[str, Any]]:
+def _search(
+    load: Callable[[], TextEncoder], judged: JudgedFolder, folder: Path, top_k: int, ann: str | None
+) -> tuple[Lists, dict[str, Any]]:
     """The lists, and how they came about; the encoder is gone afterwards."""
     encoder, seconds, began = load(), {}, time.monotonic()
 
@@ -150,8 +156,8 @@ def _search(load, judged: JudgedFolder, folder: Path, top_k: int, ann: str | Non
         seconds[name] = time.monotonic() - began
         began = time.monotonic()
 
-    def parts(texts: Iterator[str], total: int, description: str) -> Iterator[np.ndarray]:
-        return (vectors for _, vectors in encoded_windows(encoder, texts, str, total, description))
+    def parts(texts: Iterator[NamedText], total: int, description: str) -> Iterator[np.ndarray]:
+        return (vectors for _, vectors in encoded_windows(encoder, texts, total, description))
 
     with room_in(folder), vector_file(folder, judged.num_documents, encoder.dimension) as vectors:
         start = 0
@@ -210,7 +216,7 @@ def _ranked_again(matcher: Matcher, judged: JudgedFolder, lists: Lists, rerank: 
 def _candidates(judged: JudgedFolder, rows: np.ndarray) -> Iterator[CandidateList]:
     for number, (query, own) in enumerate(zip(judged.query_texts(), rows, strict=True)):
         texts = [judged.document_text(row) for row in own if row >= 0]
-        yield CandidateList({}, query, judged.queries[number], texts, [""] * len(texts), "")
+        yield CandidateList({}, query.text, judged.queries[number], texts, [""] * len(texts), "")
 
 
 def table(metrics: dict[str, Any]) -> str:

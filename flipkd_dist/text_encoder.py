@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from flipkd_dist.adapter import AdapterCard
 from flipkd_dist.config import RunConfig, TeacherConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import resolve_model
-from flipkd_dist.predict_file import local_adapter
+from flipkd_dist.predict import Matcher, saved_encoder
+from flipkd_dist.predict_file import check_tokens, local_adapter
+from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.teacher_source import TeacherSource, text_teacher
+from flipkd_dist.text_records import NamedText
 from flipkd_dist.token_batches import BatchLimits, windows
 
 logger = logging.getLogger("flipkd_dist")
-T = TypeVar("T")
 ENCODER_BATCH = 64  # texts of a forward of an encoder, as `teacher.batch_size`
 ENCODER_LENGTH = 128  # tokens of a text for an encoder, as `teacher.max_length`
 
@@ -87,9 +89,25 @@ class TextEncoder:
         return getattr(self.inner, "num_truncated", 0)
 
 
+@dataclass(frozen=True)
+class Located:
+    """An encoder that is there and not loaded yet."""
+
+    load: Callable[[], TextEncoder]
+    tokens: PairEncoder | None = None  # of a student; a teacher finds a token in any text
+
+    def checked(self, entries: Iterable[NamedText]) -> Iterator[NamedText]:
+        """The same entries, once all of a window's texts are known to have tokens.
+
+        Raises:
+            UserError: a text that has none, with its place.
+        """
+        return iter(entries) if self.tokens is None else check_tokens(entries, self.tokens)
+
+
 @contextmanager
-def located(choice: EncoderChoice) -> Iterator[Callable[[], TextEncoder]]:
-    """A function that loads the encoder; that there is one is known before, so that the data can be checked first.
+def located(choice: EncoderChoice) -> Iterator[Located]:
+    """The encoder, found and not loaded, so that the data can be checked before.
 
     Raises:
         UserError: no such model, an adapter that reads pairs, or options without effect.
@@ -99,7 +117,7 @@ def located(choice: EncoderChoice) -> Iterator[Callable[[], TextEncoder]]:
         resolve_model(choice.encoder, "--encoder")  # its errors name the option
         settings = TeacherConfig(model_name_or_path=choice.encoder, max_length=choice.max_length or ENCODER_LENGTH)
         source = text_teacher(RunConfig(name="encoder", teacher=settings), taught=False)
-        yield lambda: _teacher_encoder(source, choice)
+        yield Located(lambda: _teacher_encoder(source, choice))
         return
     with local_adapter(choice.model, choice.tracking_uri) as folder:
         if AdapterCard.read(folder).mode != "alone":
@@ -107,7 +125,8 @@ def located(choice: EncoderChoice) -> Iterator[Callable[[], TextEncoder]]:
                 f"{choice.model}: reads pairs, and has no vector of a single text: train with student.mode: alone, "
                 "or give --encoder"
             )
-        yield lambda: _student_encoder(folder, choice)
+        tokens = saved_encoder(folder, choice.base_model)
+        yield Located(lambda: _student_encoder(folder, choice), tokens)
 
 
 def _teacher_encoder(source: TeacherSource, choice: EncoderChoice) -> TextEncoder:
@@ -120,25 +139,35 @@ def _student_encoder(folder: Path, choice: EncoderChoice) -> TextEncoder:
     from flipkd_dist.embedder import Embedder
 
     embedder, limits = Embedder(folder, choice.base_model), BatchLimits()
-    options = {
-        "batch_size": choice.batch_size or limits.pairs,
-        "max_batch_tokens": choice.max_batch_tokens or limits.tokens,
-    }
-    return TextEncoder(embedder, embedder.dimension, options)
+    limits = BatchLimits(choice.max_batch_tokens or limits.tokens, choice.batch_size or limits.pairs)
+    return TextEncoder(StudentVectors(embedder.matcher, limits), embedder.dimension, {})
+
+
+class StudentVectors:
+    """A student's vectors without a progress bar of their own."""
+
+    def __init__(self, matcher: Matcher, limits: BatchLimits):
+        self.matcher, self.limits, self.num_truncated = matcher, limits, 0
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        return self.matcher.vectors(texts, self.limits, self._count)
+
+    def _count(self, num_texts: int, num_truncated: int) -> None:
+        self.num_truncated += num_truncated
 
 
 def encoded_windows(
-    encoder: TextEncoder, items: Iterable[T], text_of: Callable[[T], str], total: int, description: str
-) -> Iterator[tuple[list[T], np.ndarray]]:
-    """The items of a stream in bounded windows with the vectors of their texts, [window, d]; shows an ETA.
+    encoder: TextEncoder, entries: Iterable[NamedText], total: int, description: str
+) -> Iterator[tuple[list[NamedText], np.ndarray]]:
+    """A stream in bounded windows with the vectors of their texts, [window, d]; shows an ETA.
 
     Args:
-        total: how many items there are.
+        total: how many entries there are.
     """
     before = encoder.num_truncated
     with tqdm(total=total, desc=description, unit=" texts", disable=None, leave=False) as bar:
-        for window in windows(items, lambda item: len(text_of(item)), lambda _: 1):
-            yield window, encoder.encode([text_of(item) for item in window])
+        for window in windows(entries, lambda entry: entry.num_characters, lambda _: 1):
+            yield window, encoder.encode([entry.text for entry in window])
             bar.update(len(window))
     if cut := encoder.num_truncated - before:
         logger.warning("%s: %d of %d texts were cut to the maximum length", description, cut, total)
