@@ -111,9 +111,7 @@ def _shared(prefix: list[int], pairs: list[EncodedPair]) -> PackedBatch:
     )
 
 
-def by_length(
-    paths: list[np.ndarray], num_tokens: int
-) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+def by_length(paths: list[np.ndarray], num_tokens: int) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     """Paths in rectangles, none more than twice as long as another in it; where each token is found in them; masks.
 
     Behind a path's end stands token 0, which no token of the path can see, unless it reads in both directions: the

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 
 BLANK_START = "<|startofpiece|>"
@@ -215,6 +216,15 @@ class TextEncoder(_Tokens):
         """`encode` of every text, tokenised in one go and remembered."""
         self.remember(texts)
         return [self.encode(text) for text in texts]
+
+
+def student_encoder(
+    tokenizer, settings: StudentConfig, max_length: int, blank: bool = False
+) -> PairEncoder | TextEncoder:
+    """What turns the texts of a student of this mode into tokens; errors and arguments are those of its class."""
+    if settings.mode == "alone":
+        return TextEncoder(tokenizer, settings.prompt, max_length)
+    return PairEncoder(tokenizer, settings.prompt, settings.answers, max_length, blank)
 
 
 def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Batches of texts that are encoded alone: each stands once, however many pairs have it.
 
-Shapes: U texts, m pairs; R rows of L tokens. Shared, there is one row of N tokens, `[prefix] [text and suffix] [text and
-suffix] ...`. Read in both directions, a prefix depends on its text: then each text has a copy of its own. Padded, there
-is one text a row. Source: docs/method.md, "Alone".
+Shapes: U texts, m pairs; R rows of L tokens. Shared, there is one row of N tokens, `[prefix] [text and suffix] [text
+and suffix] ...`. Read in both directions, a prefix depends on its text: then each text has a copy of its own. Padded,
+there is one text a row. Source: docs/method.md, "Alone".
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,27 @@ from flipkd_dist.prompt import EncodedText
 def pack_texts(
     prefix: list[int],
     texts: Sequence[EncodedText],
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]] | None = None,
     share: bool = True,
     bidirectional: bool = False,
 ) -> PackedBatch:
     """Lay the texts out in one row, or (`share=False`) one text a row.
 
     Args:
-        pairs: numbers of the first and the second text of each pair; may be empty where vectors of texts are wanted.
+        pairs: numbers of the first and the second text of each pair; None: every text is a first one, and none a
+            second, for a student that is asked for read-outs alone.
         bidirectional: whether tokens see those behind them.
     """
     lengths = np.array([len(prefix) + len(text.ids) for text in texts])
-    sides = torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2)
-    lay_out = _padded if not share else _in_one_row
+    sides = [[*range(len(texts))], []] if pairs is None else zip(*pairs, strict=True)
+    first, second = (torch.tensor(side, dtype=torch.int64) for side in sides)
+    members = [(text,) for text in texts] if pairs is None else [(texts[a], texts[b]) for a, b in pairs]
     return PackedBatch(
-        **lay_out(prefix, texts, lengths, bidirectional),
-        first_texts=sides[:, 0],
-        second_texts=sides[:, 1],
-        num_truncated=sum(texts[a].truncated or texts[b].truncated for a, b in pairs),
-        num_unpacked=2 * len(pairs) * int(lengths.max()),
+        **(_in_one_row(prefix, texts, lengths, bidirectional) if share else _padded(prefix, texts, lengths)),
+        first_texts=first,
+        second_texts=second,
+        num_truncated=sum(any(text.truncated for text in one) for one in members),
+        num_unpacked=(len(first) + len(second)) * int(lengths.max()),
     )
 
 
@@ -74,7 +76,7 @@ def _row(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values[None])
 
 
-def _padded(prefix: list[int], texts: Sequence[EncodedText], lengths: np.ndarray, bidirectional: bool) -> dict:
+def _padded(prefix: list[int], texts: Sequence[EncodedText], lengths: np.ndarray) -> dict:
     rows, length = len(texts), int(lengths.max())
     ids, segments = np.zeros((rows, length), np.int64), np.full((rows, length), rows)  # no token sees padding
     for row, text in enumerate(texts):
