@@ -218,8 +218,8 @@ def _saved_reading(folder: Path, base_model: str | None) -> tuple[AdapterCard, P
     card = AdapterCard.read(folder)
     base = find_base(card, folder, base_model)
     blank = fills_blank(check_base(base, StudentConfig(model_name_or_path=str(base))))
-    settings = StudentConfig(mode=card.mode, prompt=card.prompt, answers=card.answers)
-    return card, base, student_encoder(load_tokenizer(folder), settings, card.max_length, blank)
+    tokenizer = load_tokenizer(folder)
+    return card, base, student_encoder(tokenizer, card.mode, card.prompt, card.answers, card.max_length, blank)
 
 
 def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:

@@ -160,7 +160,8 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     check_positions(base_config, config.data.max_length)
     check_mode(base_config, config.student, config.data.max_length)
     tokenizer = load_tokenizer(base_folder)
-    encoder = student_encoder(tokenizer, config.student, config.data.max_length, fills_blank(base_config))
+    student, blank = config.student, fills_blank(base_config)
+    encoder = student_encoder(tokenizer, student.mode, student.prompt, student.answers, config.data.max_length, blank)
     inputs = Inputs(
         config=config,
         folder=folder,

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 
 BLANK_START = "<|startofpiece|>"
@@ -219,12 +218,12 @@ class TextEncoder(_Tokens):
 
 
 def student_encoder(
-    tokenizer, settings: StudentConfig, max_length: int, blank: bool = False
+    tokenizer, mode: str, prompt: str | None, answers: list[str], max_length: int, blank: bool = False
 ) -> PairEncoder | TextEncoder:
-    """What turns the texts of a student of this mode into tokens; errors and arguments are those of its class."""
-    if settings.mode == "alone":
-        return TextEncoder(tokenizer, settings.prompt, max_length)
-    return PairEncoder(tokenizer, settings.prompt, settings.answers, max_length, blank)
+    """What turns the texts of a student of this mode into tokens; arguments and errors are those of its class."""
+    if mode == "alone":
+        return TextEncoder(tokenizer, prompt, max_length)
+    return PairEncoder(tokenizer, prompt, answers, max_length, blank)
 
 
 def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:

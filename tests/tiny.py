@@ -148,9 +148,8 @@ def started_student(
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
     blank = fills_blank(check_base(folder, student_settings))
-    reading = {"prompt": PROMPTS[student_settings.mode], "answers": ["yes", "no"]}
-    tokens = load_tokenizer(folder)
-    encoder = student_encoder(tokens, student_settings.model_copy(update=reading), max_length, blank)
+    mode = student_settings.mode
+    encoder = student_encoder(load_tokenizer(folder), mode, PROMPTS[mode], ["yes", "no"], max_length, blank)
     student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in student.lora_parameters().items():

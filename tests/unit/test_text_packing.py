@@ -65,8 +65,8 @@ def test_packed_is_one_text_a_row(folders, family, reads, bidirectional):
         torch.stack([plain_vector(plain, encoder, text, reads, bidirectional) for text in side])
         for side in zip(*PAIRS, strict=True)
     ]
-    cosine = torch.cosine_similarity(*sides, dim=1).clamp(max=1 - 2e-6)  # that of equal texts
-    expected = [torch.stack([(1 + cosine) / 2, (1 - cosine) / 2], dim=1).log(), *sides]
+    cosine = torch.cosine_similarity(*(side.double() for side in sides), dim=1).clamp(max=1 - 2e-6)  # of equal texts
+    expected = [torch.stack([(1 + cosine) / 2, (1 - cosine) / 2], dim=1).log().float(), *sides]
     for value, wanted in zip(found, expected, strict=True):
         assert (value - wanted).norm() / wanted.norm() < 1e-5
     assert found[0].std() > 0.1
