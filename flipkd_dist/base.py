@@ -108,6 +108,20 @@ def shares_prefix(config, max_length: int) -> bool:
     return not (uses_window and window and window < max_length)
 
 
+def check_mode(config: PreTrainedConfig, settings: StudentConfig, max_length: int) -> None:
+    """Refuse texts alone where the base reads them as nothing else does, and both directions where it cannot."""
+    name = settings.model_name_or_path
+    if settings.mode == "alone" and fills_blank(config):
+        raise UserError(
+            f"student.mode: alone is not supported for {name}, an original GLM, which fills blanks: set it to pair"
+        )
+    if settings.bidirectional and not shares_prefix(config, max_length):
+        raise UserError(
+            f"student.bidirectional: {name} has layers without full attention over data.max_length {max_length}: set "
+            "it to false or take another base"
+        )
+
+
 def load_tokenizer(folder: Path, key: str = "student.model_name_or_path"):
     if has_published_tokenizer(folder):
         return load_published_tokenizer(folder, key)

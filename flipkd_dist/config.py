@@ -105,7 +105,7 @@ class StudentConfig(Section):
     lora_dropout: Share = 0.05
     lora_target_modules: list[str] | None = None  # null: q, k, v, o or the fused module
     encoder_module: str | None = None  # whose LoRA-A is read; null: the query or the fused projection
-    prompt: str | None = None  # a template's name, or a text with {text_a} and {text_b}
+    prompt: str | None = None  # a template's name, or a text with {text_a} and {text_b}, for texts alone with {text}
     answers: list[Any] = ["Yes", "No"]
     attn_implementation: str = "auto"
     tuning: Literal["lora", "full"] = "lora"  # full: every weight of the base
@@ -130,6 +130,10 @@ class StudentConfig(Section):
             raise ValueError("readout: lora_a needs tuning: lora; take mean or lasttoken")
         if self.bidirectional and self.mode == "pair":
             raise ValueError("bidirectional: a pair's answer is read causally: set mode to alone")
+        if self.reads != "lora_a" and self.encoder_module is not None:
+            raise ValueError(f"encoder_module: readout {self.reads} reads no LoRA-A: leave one of the two out")
+        if self.mode == "alone" and self.answers != type(self).model_fields["answers"].default:
+            raise ValueError("answers: texts alone are not answered: leave them out, or set mode to pair")
         return self
 
     @property

@@ -54,6 +54,11 @@ def export(
         raise UserError(f"--probes {probes}: no pairs in it: name a file that has some")
     with local_adapter(model, tracking_uri) as adapter:
         card = AdapterCard.read(adapter)
+        if card.mode == "alone":
+            raise UserError(
+                f"{adapter}: this student encodes texts alone, and a merged folder answers pairs: use the adapter "
+                "with flipkd predict, rank and embed"
+            )
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
         config = check_base(base, StudentConfig(model_name_or_path=str(base)))

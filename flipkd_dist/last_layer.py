@@ -1,4 +1,4 @@
-"""What follows the last layer's attention is computed at the answer positions alone, because no others are read."""
+"""What follows the last layer's attention is computed at the positions that are read alone."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,10 @@ def behind_attention(model: nn.Module, encoder_name: str) -> list[nn.Module]:
 
 @contextmanager
 def narrowed(modules: list[nn.Module], positions: Tensor) -> Iterator[None]:
-    """Inside, `modules` map [R, L, h] at `positions` [m] of the flattened [R * L] alone; elsewhere they give zeros."""
+    """Inside, `modules` map [R, L, h] at `positions` [m] of the flattened [R * L] alone; elsewhere they give zeros.
+
+    No position may stand twice: each would have the whole gradient.
+    """
     shape = None
 
     def narrow(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

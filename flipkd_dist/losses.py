@@ -31,6 +31,17 @@ def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
+def alone_logits(a: Tensor, b: Tensor) -> Tensor:
+    """Logits [m, 2] of texts encoded alone, from their read-outs [m, r]: p(match) is (1 + cosine) / 2.
+
+    Half the length of the sum and of the difference of unit vectors, squared, are p and 1 - p; as `1 - cosine` the
+    latter would lose its digits where the texts are close.
+    """
+    a, b = (F.normalize(at_least_fp32(side), dim=-1) for side in (a, b))
+    shares = torch.stack([(a + b).square().sum(dim=-1), (a - b).square().sum(dim=-1)], dim=-1) / 4
+    return shares.clamp(min=ARCCOS_EPS[shares.dtype]).log()
+
+
 def supervised_sum(answer_logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the binary cross-entropies of p(match).
 

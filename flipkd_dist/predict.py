@@ -18,10 +18,12 @@ from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import batch_scores
+from flipkd_dist.losses import alone_logits
 from flipkd_dist.model_files import fingerprint, resolve_model
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import PairEncoder, TextEncoder, student_encoder
 from flipkd_dist.run_folder import read_json
 from flipkd_dist.student import Student, load_student
+from flipkd_dist.text_vectors import text_vectors
 from flipkd_dist.token_batches import BatchLimits, token_batches, windows
 from flipkd_dist.world import World
 
@@ -44,10 +46,10 @@ def ranked(p_match: Sequence[float], similarity: Sequence[float], top_k: int | N
 
 
 @contextmanager
-def progress(total: int, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over pairs with its ETA; the function takes how many are done, and how many of them were cut."""
+def progress(total: int, description: str, unit: str = "pairs") -> Iterator[Callable[[int, int], None]]:
+    """A bar over pairs or texts with its ETA; the function takes how many are done, and how many of them were cut."""
     cut = 0
-    with tqdm(total=total, desc=description, unit=" pairs", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=description, unit=f" {unit}", disable=None, leave=False) as bar:
 
         def done(num_pairs: int, num_truncated: int) -> None:
             nonlocal cut
@@ -56,7 +58,7 @@ def progress(total: int, description: str) -> Iterator[Callable[[int, int], None
 
         yield done
     if cut:
-        logger.warning("%s: %d of %d pairs were cut to the maximum length", description, cut, total)
+        logger.warning("%s: %d of %d %s were cut to the maximum length", description, cut, total, unit)
 
 
 def merge_lora(student: Student) -> None:
@@ -67,7 +69,7 @@ def merge_lora(student: Student) -> None:
     """
     lora = {name: module for name, module in student.model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in lora.items():
-        if name != student.encoder_name:
+        if name != student.encoder_name or student.reads != "lora_a":
             module.merge()
             student.model.set_submodule(name, module.get_base_layer())
 
@@ -98,11 +100,14 @@ class Matcher:
             lora_r=lora["r"],
             lora_alpha=float(lora["lora_alpha"]),
             lora_target_modules=sorted(lora["target_modules"]),
-            encoder_module=card.encoder_module,
+            encoder_module=card.encoder_module if card.readout == "lora_a" else None,
             attn_implementation=card.attn_implementation,
             load_in_4bit=card.load_in_4bit,
             bnb_4bit_quant_type=card.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
+            mode=card.mode,
+            readout=card.readout,
+            bidirectional=card.bidirectional,
         )
         student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype, placement=Whole(device))
         load_weights(student, folder / WEIGHTS)
@@ -148,8 +153,31 @@ class Matcher:
         Args:
             done: told how many pairs are done, and how many of them were cut to the maximum length.
         """
-        parts = [self._window(window, limits, done) for window in windows(texts, _characters, lambda _: 1)]
+        score = self._window_alone if self.student.alone else self._window
+        parts = [score(window, limits, done) for window in windows(texts, _characters, lambda _: 1)]
         return np.concatenate([np.zeros((0, 2)), *parts])
+
+    def vectors(self, texts: Sequence[str], limits: BatchLimits, done: Callable[[int, int], None]) -> np.ndarray:
+        """Unit vectors of texts, float32 [N, d], of a student that encodes them alone.
+
+        Args:
+            done: told how many texts are done, and how many of them were cut to the maximum length.
+        """
+        parts = [self._vectors(window, limits, done)[0].cpu().numpy() for window in windows(texts, len, lambda _: 1)]
+        return np.concatenate([np.zeros((0, self.student.readout_width), np.float32), *parts])
+
+    def _vectors(self, texts: Sequence[str], limits: BatchLimits, done: Callable[[int, int], None]):
+        return text_vectors(self.student, self.make_batch, texts, limits, self.world.device, done)
+
+    def _window_alone(
+        self, texts: list[tuple[str, str]], limits: BatchLimits, done: Callable[[int, int], None]
+    ) -> np.ndarray:
+        firsts, seconds = zip(*texts, strict=True)
+        vectors, cut = self._vectors([*firsts, *seconds], limits, lambda *_: None)
+        sides = vectors.chunk(2)
+        first_cut, second_cut = cut.chunk(2)
+        done(len(texts), int((first_cut | second_cut).sum()))
+        return batch_scores(alone_logits(*sides), *sides)
 
     @torch.inference_mode()
     def _window(
@@ -175,7 +203,7 @@ def _characters(pair: tuple[str, str]) -> int:
     return len(pair[0]) + len(pair[1])
 
 
-def saved_encoder(folder: Path, base_model: str | None = None) -> PairEncoder:
+def saved_encoder(folder: Path, base_model: str | None = None) -> PairEncoder | TextEncoder:
     """What turns pairs into the tokens of the student whose adapter is in `folder`; no weights are loaded.
 
     Args:
@@ -186,11 +214,12 @@ def saved_encoder(folder: Path, base_model: str | None = None) -> PairEncoder:
     return _saved_reading(folder, base_model)[2]
 
 
-def _saved_reading(folder: Path, base_model: str | None) -> tuple[AdapterCard, Path, PairEncoder]:
+def _saved_reading(folder: Path, base_model: str | None) -> tuple[AdapterCard, Path, PairEncoder | TextEncoder]:
     card = AdapterCard.read(folder)
     base = find_base(card, folder, base_model)
     blank = fills_blank(check_base(base, StudentConfig(model_name_or_path=str(base))))
-    return card, base, PairEncoder(load_tokenizer(folder), card.prompt, card.answers, card.max_length, blank)
+    tokenizer = load_tokenizer(folder)
+    return card, base, student_encoder(tokenizer, card.mode, card.prompt, card.answers, card.max_length, blank)
 
 
 def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:

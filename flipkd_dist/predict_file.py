@@ -13,7 +13,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.pair_fields import Record, text_of
 from flipkd_dist.pair_files import check_output, known_extension, stream_places, write_records
 from flipkd_dist.predict import Matcher, adapter_folder, progress, saved_encoder
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import PairEncoder, TextEncoder
 from flipkd_dist.record_writer import num_characters, stream_columns
 from flipkd_dist.registry import download_adapter
 from flipkd_dist.token_batches import BatchLimits, windows
@@ -55,7 +55,7 @@ class HasTexts(Protocol):
     def texts(self) -> Sequence[str]: ...
 
 
-def check_tokens(records: Iterable[T], encoder: PairEncoder) -> Iterator[T]:
+def check_tokens(records: Iterable[T], encoder: PairEncoder | TextEncoder) -> Iterator[T]:
     """The same records, once all of their texts are known to have tokens; window by window, which is fast.
 
     Raises:

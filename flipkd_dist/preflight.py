@@ -13,6 +13,7 @@ from flipkd_dist.base import (
     attention_implementation,
     attention_targets,
     check_base,
+    check_mode,
     check_parts,
     check_positions,
     drop_output_matrix,
@@ -28,7 +29,7 @@ from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import check_files, fingerprint, one_line, resolve_model
 from flipkd_dist.pair_teacher import PairSource, check_settings, pair_source
 from flipkd_dist.pairs import PairTable, read_pairs
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import PairEncoder, TextEncoder, student_encoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
 from flipkd_dist.store import Store, pair_text
 from flipkd_dist.student import default_encoder, last_encoder
@@ -52,7 +53,7 @@ class Inputs:
     base_folder: Path
     base_fingerprint: str
     tokenizer: object
-    encoder: PairEncoder
+    encoder: PairEncoder | TextEncoder
     share_prefix: bool
 
     @property
@@ -162,10 +163,10 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
     base_config = check_base(base_folder, config.student)
     _check_layers(base_config, config.student, base_folder)
     check_positions(base_config, config.data.max_length)
+    check_mode(base_config, config.student, config.data.max_length)
     tokenizer = load_tokenizer(base_folder)
-    encoder = PairEncoder(
-        tokenizer, config.student.prompt, config.student.answers, config.data.max_length, fills_blank(base_config)
-    )
+    student, blank = config.student, fills_blank(base_config)
+    encoder = student_encoder(tokenizer, student.mode, student.prompt, student.answers, config.data.max_length, blank)
     inputs = Inputs(
         config=config,
         folder=folder,

@@ -21,6 +21,20 @@ TEMPLATES = {
         'is served by the second? Reply with just "Yes" or "No".\nFirst: "{text_a}"\nSecond: "{text_b}"\nReply:'
     ),
 }
+ALONE_TEMPLATES = {
+    "faq": (
+        "You know a company's frequently asked questions by heart. Which answer would settle this question? "
+        'Think of its gist.\nQuestion: "{text}"\nGist:'
+    ),
+    "finance": (
+        "You are a specialist in finance. What does this customer message ask for? "
+        'Think of its gist.\nMessage: "{text}"\nGist:'
+    ),
+    "medical": (
+        "You are a specialist in medicine. Which matter does this text deal with? "
+        'Think of its gist.\nText: "{text}"\nGist:'
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,15 @@ class EncodedPair:
     truncated: bool = False
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """A text's own tokens, behind the shared prefix: the text and the rest of the prompt. The span is within `ids`."""
+
+    ids: list[int]
+    text: slice
+    truncated: bool = False
+
+
 def _split(prompt: str | None) -> tuple[str, str, str]:
     template = TEMPLATES.get(prompt or "faq", prompt)
     for name in ("{text_a}", "{text_b}"):
@@ -48,6 +71,17 @@ def _split(prompt: str | None) -> tuple[str, str, str]:
     if "{text_b}" not in rest:
         raise UserError("student.prompt: {text_b} stands before {text_a}: put {text_a} first")
     return before, *rest.split("{text_b}")
+
+
+def _split_alone(prompt: str | None) -> tuple[str, str]:
+    template = ALONE_TEMPLATES.get(prompt or "faq", prompt)
+    if template.count("{text}") != 1:
+        raise UserError(
+            f"student.prompt: {template[:60]!r} must hold {{text}} exactly once where texts are encoded alone: "
+            f"correct it or take one of {', '.join(ALONE_TEMPLATES)}"
+        )
+    before, after = template.split("{text}")
+    return before, after
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
@@ -72,29 +106,11 @@ def _blank(tokenizer) -> list[int]:
     return ids
 
 
-class PairEncoder:
-    """Turns two texts into tokens under one prompt; the same in training, evaluation, prediction and the registry."""
+class _Tokens:
+    """A tokenizer that turns many texts into tokens at once and has the latest of them at hand."""
 
-    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int, blank: bool = False):
-        """
-        Args:
-            max_length: counts the tokens of prompt and both texts.
-            blank: whether the base answers in a blank behind the prompt (`base.fills_blank`).
-        Raises:
-            UserError: a prompt without {text_a} and {text_b} in this order, or too long for `max_length`.
-        """
-        before, between, after = _split(prompt)
-        self.tokenizer, self.blank = tokenizer, blank
-        self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
-        self.separator = _tokens(tokenizer, between)
-        self.suffix = _tokens(tokenizer, after) + (_blank(tokenizer) if blank else [])
-        self.room = max_length - len(self.prefix) - len(self.separator) - len(self.suffix)
-        if self.room < 2:
-            raise UserError(
-                f"data.max_length: {max_length} tokens leave no room for two texts beside a prompt of "
-                f"{max_length - self.room}: raise it or shorten student.prompt"
-            )
-        self.answer_ids = answer_ids(tokenizer, answers, after)
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
 
     def remember(self, texts: Iterable[str]) -> None:
@@ -106,11 +122,6 @@ class PairEncoder:
         ids = self.tokenizer(wanted, add_special_tokens=False)["input_ids"] if wanted else []
         self._known = dict(zip(wanted, ids, strict=True))
 
-    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[EncodedPair]:
-        """`encode` of every pair, tokenised in one go and remembered."""
-        self.remember(text for pair in pairs for text in pair)
-        return [self.encode(*pair) for pair in pairs]
-
     def _ids(self, text: str) -> list[int]:
         found = self._known.get(text)
         return _tokens(self.tokenizer, text) if found is None else found
@@ -120,6 +131,37 @@ class PairEncoder:
         texts = list(texts)
         self.remember(texts)
         return next((text for text in texts if not self._ids(text)), None)
+
+
+class PairEncoder(_Tokens):
+    """Turns two texts into tokens under one prompt; the same in training, evaluation, prediction and the registry."""
+
+    def __init__(self, tokenizer, prompt: str | None, answers: list[str], max_length: int, blank: bool = False):
+        """
+        Args:
+            max_length: counts the tokens of prompt and both texts.
+            blank: whether the base answers in a blank behind the prompt (`base.fills_blank`).
+        Raises:
+            UserError: a prompt without {text_a} and {text_b} in this order, or too long for `max_length`.
+        """
+        before, between, after = _split(prompt)
+        super().__init__(tokenizer)
+        self.blank = blank
+        self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
+        self.separator = _tokens(tokenizer, between)
+        self.suffix = _tokens(tokenizer, after) + (_blank(tokenizer) if blank else [])
+        self.room = max_length - len(self.prefix) - len(self.separator) - len(self.suffix)
+        if self.room < 2:
+            raise UserError(
+                f"data.max_length: {max_length} tokens leave no room for two texts beside a prompt of "
+                f"{max_length - self.room}: raise it or shorten student.prompt"
+            )
+        self.answer_ids = answer_ids(tokenizer, answers, after)
+
+    def encode_pairs(self, pairs: list[tuple[str, str]]) -> list[EncodedPair]:
+        """`encode` of every pair, tokenised in one go and remembered."""
+        self.remember(text for pair in pairs for text in pair)
+        return [self.encode(*pair) for pair in pairs]
 
     def encode(self, text_a: str, text_b: str) -> EncodedPair:
         """Cut from the longer text first; at least one token of each stays, and all of the prompt."""
@@ -134,6 +176,54 @@ class PairEncoder:
         start_b = kept_a + len(self.separator)
         truncated = kept_a < len(a) or kept_b < len(b)
         return EncodedPair(ids, slice(0, kept_a), slice(start_b, start_b + kept_b), truncated)
+
+
+class TextEncoder(_Tokens):
+    """Turns one text into tokens under its prompt, for a student that encodes texts alone."""
+
+    answer_ids = (0, 1)  # nothing is answered; a student has two rows of its output matrix all the same
+
+    def __init__(self, tokenizer, prompt: str | None, max_length: int):
+        """
+        Args:
+            max_length: counts the tokens of prompt and text.
+        Raises:
+            UserError: a prompt without {text}, or too long for `max_length`.
+        """
+        super().__init__(tokenizer)
+        before, after = _split_alone(prompt)
+        self.prefix = _leading_specials(tokenizer) + _tokens(tokenizer, before)
+        self.suffix = _tokens(tokenizer, after)
+        self.room = max_length - len(self.prefix) - len(self.suffix)
+        if self.room < 1:
+            raise UserError(
+                f"data.max_length: {max_length} tokens leave no room for a text beside a prompt of "
+                f"{max_length - self.room}: raise it or shorten student.prompt"
+            )
+
+    def encode(self, text: str) -> EncodedText:
+        """Cut at the text's end; all of the prompt stays."""
+        ids = self._ids(text)
+        if not ids:
+            raise UserError(
+                f"data: the student's tokenizer turns {text[:40]!r} into no tokens: remove the pairs that have it"
+            )
+        kept = min(len(ids), self.room)
+        return EncodedText(ids[:kept] + self.suffix, slice(0, kept), kept < len(ids))
+
+    def encode_texts(self, texts: list[str]) -> list[EncodedText]:
+        """`encode` of every text, tokenised in one go and remembered."""
+        self.remember(texts)
+        return [self.encode(text) for text in texts]
+
+
+def student_encoder(
+    tokenizer, mode: str, prompt: str | None, answers: list[str], max_length: int, blank: bool = False
+) -> PairEncoder | TextEncoder:
+    """What turns the texts of a student of this mode into tokens; arguments and errors are those of its class."""
+    if mode == "alone":
+        return TextEncoder(tokenizer, prompt, max_length)
+    return PairEncoder(tokenizer, prompt, answers, max_length, blank)
 
 
 def kept_lengths(length_a: int, length_b: int, room: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Linear layers see every token once. Only here are queries, keys and values laid out as if each pair stood alone, without
 a mask, so the fastest causal kernel applies; a shared token's output is taken from one of its paths, where it is the
-same in all. The idea of rearranging inside attention alone: Prefix Grouper, arXiv 2506.05433.
+same in all. Paths that are read in both directions share no token, and have a mask where one ends before another. The
+idea of rearranging inside attention alone: Prefix Grouper, arXiv 2506.05433.
 
 Shapes: N tokens of the row, H heads of width D, p paths of at most L tokens.
 """
@@ -31,12 +32,13 @@ def shared_attention(
     attention_mask: Tensor | None,
     paths: tuple[Tensor, ...] = (),
     places: Tensor | None = None,
+    path_masks: tuple[Tensor, ...] = (),
     **settings,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: [1, heads, N, D] in, [1, N, H, D] out; without paths plain sdpa.
 
     Args:
-        paths, places: of a `PackedBatch`.
+        paths, places, path_masks: of a `PackedBatch`.
     Raises:
         UserError: a model that loses the paths on their way here.
     """
@@ -49,12 +51,12 @@ def shared_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # [N, heads, D], values of their own D
     found = []
-    for path in paths:
+    for path, mask in zip(paths, path_masks or [None] * len(paths), strict=True):
         laid_out = (  # [p, heads, L, D]
             states.flatten(1).index_select(0, path.flatten()).view(*path.shape, *states.shape[1:]).transpose(1, 2)
             for states in rows
         )
-        output, _ = sdpa_attention_forward(module, *laid_out, None, **settings)
+        output, _ = sdpa_attention_forward(module, *laid_out, mask, **settings)
         found.append(output.flatten(0, 1))  # [p * L, H, D]
     return torch.cat(found).index_select(0, places).unsqueeze(0), None
 

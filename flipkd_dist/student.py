@@ -1,8 +1,9 @@
-"""The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer's LoRA-A."""
+"""The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer."""
 
 import hashlib
 import re
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from flipkd_dist.base_loader import Placement, Whole, empty_model, four_bit_form
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.last_layer import behind_attention, narrowed
-from flipkd_dist.losses import at_least_fp32
+from flipkd_dist.losses import alone_logits, at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.shared_attention import SHARED, row_of_paths
 from flipkd_dist.weight_files import WeightFiles, Weights
@@ -38,24 +39,35 @@ class _ReadOut(Exception):
 class Student(nn.Module):
     """Two logits and two read-outs a pair.
 
-    Shapes: R rows of L tokens, m pairs, r the rank of LoRA.
+    Shapes: R rows of L tokens, m pairs, S texts, r the width of a read-out.
     """
 
-    def __init__(self, model: nn.Module, answer_rows: Tensor, answer_bias: Tensor | None, encoder_module: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        answer_rows: Tensor,
+        answer_bias: Tensor | None,
+        encoder_module: str,
+        reads: str = "lora_a",
+        alone: bool = False,
+    ):
         """
         Args:
             model: the PEFT model of a causal LM.
             answer_rows: [2, hidden], rows of the frozen output matrix for the matching and the other answer.
             answer_bias: [2] or None.
             encoder_module: the projection whose LoRA-A in the last layer is read.
+            reads: the read-out, `StudentConfig.reads`: r is LoRA's rank for lora_a, else the width of hidden states.
+            alone: whether texts are encoded by themselves, so that read-outs are all that p(match) depends on.
         """
         super().__init__()
         self.model = model
         self.register_buffer("answer_rows", answer_rows, persistent=False)
         self.register_buffer("answer_bias", answer_bias, persistent=False)
-        self.encoder_module = encoder_module
+        self.encoder_module, self.reads, self.alone = encoder_module, reads, alone
         self.encoder_name = last_encoder(model, encoder_module)
         self.shares_prefix = model.config._attn_implementation == SHARED
+        self.bidirectional = not getattr(model.config, "is_causal", True)  # as `read_both_ways` leaves it
         self.behind_attention = behind_attention(model, self.encoder_name)
 
     def forward(
@@ -64,9 +76,12 @@ class Student(nn.Module):
         position_ids: Tensor,
         attention_mask: Tensor | None,
         paths: tuple[Tensor, ...],
+        path_masks: tuple[Tensor, ...],
         places: Tensor | None,
         segments: Tensor,
         first_texts: Tensor,
+        second_texts: Tensor,
+        last_tokens: Tensor,
         answer_positions: Tensor,
         readouts_only: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -76,11 +91,10 @@ class Student(nn.Module):
             readouts_only: stop at the read-outs and return these two; without gradient alone.
         """
         body = self.model.get_base_model().base_model
-        shared = {"paths": paths, "places": places} if paths else {}
+        shared = {"paths": paths, "places": places, "path_masks": path_masks} if paths else {}
         if paths:
             attention_mask = row_of_paths(input_ids.device)
         captured: list[Tensor] = []
-        encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
 
         def capture(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             captured.append(output)
@@ -90,20 +104,45 @@ class Student(nn.Module):
         # Hooks are for this call alone. Activation checkpointing runs a layer again without them, in the backward: what
         # is captured stays as it is, and the last layer's end must have seen every position the first time too.
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        narrow = narrowed([] if checkpointed else self.behind_attention, answer_positions)
-        hook = encoder.register_forward_hook(capture)
-        with suppress(_ReadOut), hook, narrow:
+        whole = checkpointed or self.reads == "mean"
+        narrow = narrowed([] if whole else self.behind_attention, self._positions_read(answer_positions, last_tokens))
+        with suppress(_ReadOut), self._hook(capture), narrow:
             hidden = body(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **shared
             ).last_hidden_state
-        readouts = self.segment_means(captured[0], segments, len(answer_positions))
+        if self.reads == "lasttoken":
+            readouts = at_least_fp32(hidden.flatten(0, 1)[last_tokens])
+        else:
+            values = hidden if self.reads == "mean" else captured[0]
+            readouts = self.segment_means(values, segments, len(last_tokens))
+        sides = readouts[first_texts], readouts[second_texts]
         if readouts_only:
-            return readouts[first_texts], readouts[1::2]
+            return sides
         answers = hidden.flatten(0, 1)[answer_positions]
+        if self.alone:
+            # Nothing is answered; but weights behind the read-outs have a gradient on every rank, which is zero.
+            return alone_logits(*sides) + 0 * answers.sum(), *sides
         # In fp32 at least: rounded to bf16, logits of 16 to 32 would be 0.125 apart.
         bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
         logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
-        return logits, readouts[first_texts], readouts[1::2]
+        return logits, *sides
+
+    def _hook(self, capture: Callable) -> AbstractContextManager:
+        if self.reads != "lora_a":
+            return nullcontext()
+        return self.model.get_submodule(self.encoder_name).lora_A["default"].register_forward_hook(capture)
+
+    def _positions_read(self, answer_positions: Tensor, last_tokens: Tensor) -> Tensor:
+        """Of the last hidden states, each once; a pair's last token may be that of its second text too."""
+        if self.reads == "lasttoken" and not self.alone:
+            return torch.cat([answer_positions, last_tokens]).unique()
+        return answer_positions
+
+    @property
+    def readout_width(self) -> int:
+        if self.reads == "lora_a":
+            return self.model.get_submodule(self.encoder_name).r["default"]
+        return self.model.config.hidden_size
 
     @torch.no_grad()
     def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,19 +150,24 @@ class Student(nn.Module):
         return self(**batch, readouts_only=True)
 
     @staticmethod
-    def segment_means(values: Tensor, segments: Tensor, num_pairs: int) -> Tensor:
-        """Mean of `values` [R, L, r] over the tokens of each text: [2m, r]."""
+    def segment_means(values: Tensor, segments: Tensor, num_texts: int) -> Tensor:
+        """Mean of `values` [R, L, r] over the tokens of each text: [S, r]."""
         slots = segments.flatten()
-        sums = values.new_zeros(2 * num_pairs + 1, values.shape[-1], dtype=torch.float32)
+        sums = values.new_zeros(num_texts + 1, values.shape[-1], dtype=torch.float32)
         sums = sums.index_add(0, slots, values.flatten(0, 1).float())
         counts = torch.zeros(len(sums), device=slots.device).index_add(0, slots, torch.ones_like(slots).float())
-        return (sums / counts.clamp(min=1).unsqueeze(1))[: 2 * num_pairs]
+        return (sums / counts.clamp(min=1).unsqueeze(1))[:num_texts]
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def behind_readouts(self) -> set[str]:
-        """Names of the LoRA-B that the read-outs do not depend on, the last layer's: without L_sup they stay zero."""
+        """Names of the LoRA-B that the read-outs do not depend on: with no other loss they stay zero.
+
+        They are the last layer's where LoRA-A is read, and none where hidden states are.
+        """
+        if self.reads != "lora_a":
+            return set()
         layer = re.search(r".*\.\d+\.", self.encoder_name).group()
         return {name for name in self.lora_parameters() if name.startswith(layer) and ".lora_B." in name}
 
@@ -147,6 +191,14 @@ def last_encoder(model: nn.Module, encoder_module: str) -> str:
 def default_encoder(targets: list[str]) -> str:
     """The query projection where it has LoRA, else the first module named (the fused one)."""
     return "q_proj" if "q_proj" in targets else targets[0]
+
+
+def read_both_ways(model: nn.Module) -> None:
+    """Let every token see those behind it, in masks that transformers makes (`config`) and in sdpa without one."""
+    model.config.is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
 
 
 def load_student(
@@ -190,6 +242,8 @@ def load_student(
     if gradient_checkpointing:
         # The reentrant kind detaches what the hook captures: the read-out would have no gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.bidirectional:
+        read_both_ways(model)
     targets = settings.lora_target_modules or attention_targets(model)
     lora_r = settings.lora_r or rank
     lora = LoraConfig(
@@ -209,6 +263,8 @@ def load_student(
         rows.to(dtype),
         None if bias is None else bias.to(dtype),
         settings.encoder_module or default_encoder(targets),
+        settings.reads,
+        settings.mode == "alone",
     )
     initialise_lora(student, seed)
     return student

@@ -1,4 +1,4 @@
-"""Which pairs stand in one forward of prediction: those of one first text side by side, cut by tokens.
+"""Which pairs, or texts alone, stand in one forward of prediction: pairs of one first text side by side, cut by tokens.
 
 The pairs of a batch share the prompt's prefix, and those with the same first text share that text too (batches.py), so
 the tokens of a forward depend on who stands beside whom. Windows bound what is held of a stream; a plan orders one
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.prompt import EncodedPair, EncodedText
 
 T = TypeVar("T")
 WINDOW_PAIRS = 4096
@@ -95,4 +95,28 @@ def token_batches(
                 batch, more = [], empty.with_pair(length, length)
             batch.append(number)
             load = more
+    return [*batches, batch] if batch else batches
+
+
+def text_batches(
+    texts: Sequence[EncodedText], prefix_length: int, limits: BatchLimits, shared: bool = True, own_prefix: bool = False
+) -> list[list[int]]:
+    """Every text's number in exactly one batch, long ones first.
+
+    Args:
+        prefix_length: tokens of the prompt's prefix.
+        shared: whether a batch is one row; else it is padded, a text a row.
+        own_prefix: whether each text of the row has a prefix of its own.
+    """
+    apart = prefix_length if shared and own_prefix else 0
+    empty = _Load(prefix_length - apart, shared)
+    batches, batch, load = [], [], empty
+    for number in sorted(range(len(texts)), key=lambda number: -len(texts[number].ids)):
+        length = apart + len(texts[number].ids)
+        more = load.with_pair(length, length)
+        if batch and not more.fits(limits):
+            batches.append(batch)
+            batch, more = [], empty.with_pair(length, length)
+        batch.append(number)
+        load = more
     return [*batches, batch] if batch else batches

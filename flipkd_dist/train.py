@@ -80,8 +80,10 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
 
 
 def idle_tensors(bench: Workbench) -> set[str]:
-    """LoRA tensors that no loss reaches."""
-    return set() if bench.inputs.config.loss.sup_weight else bench.engine.student.behind_readouts()
+    """LoRA tensors that no loss reaches; texts encoded alone have nothing but their read-outs."""
+    config = bench.inputs.config
+    answered = config.loss.sup_weight and config.student.mode == "pair"
+    return set() if answered else bench.engine.student.behind_readouts()
 
 
 def schedule(config: RunConfig, num_steps: int):
@@ -117,6 +119,10 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: l
         threshold=best.manifest["threshold"],
         step=best.step,
         probe=Probe(*probes[chosen], float(answers[chosen]), float(base_answers[chosen])),
+        tuning=config.student.tuning,
+        mode=config.student.mode,
+        readout=config.student.reads,
+        bidirectional=config.student.bidirectional,
     )
     save_adapter(inputs.folder.adapter, student, best.weights(), inputs.tokenizer, card, idle_tensors(bench))
     logger.info(

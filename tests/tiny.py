@@ -26,7 +26,7 @@ from flipkd_dist.base import check_base, fills_blank, load_tokenizer
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.preflight import check_inputs
-from flipkd_dist.prompt import PairEncoder
+from flipkd_dist.prompt import PairEncoder, TextEncoder, student_encoder
 from flipkd_dist.score import score, score_shards_here
 from flipkd_dist.signals import TeacherSignals, TextTeacher
 from flipkd_dist.store import pair_text
@@ -56,6 +56,7 @@ WORDS = [
     "close",
     "money",
 ]
+PROMPTS = {"pair": "do i same ? {text_a} | {text_b} =", "alone": "do i help ? {text} ="}
 SHAPE = dict(
     hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
 )
@@ -143,12 +144,12 @@ def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) ->
 
 def started_student(
     folder: Path, max_length: int = 120, rank: int = 8, placement=None, **settings
-) -> tuple[Student, PairEncoder]:
+) -> tuple[Student, PairEncoder | TextEncoder]:
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
     blank = fills_blank(check_base(folder, student_settings))
-    prompt = "do i same ? {text_a} | {text_b} ="
-    encoder = PairEncoder(load_tokenizer(folder), prompt, ["yes", "no"], max_length, blank)
+    mode = student_settings.mode
+    encoder = student_encoder(load_tokenizer(folder), mode, PROMPTS[mode], ["yes", "no"], max_length, blank)
     student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in student.lora_parameters().items():

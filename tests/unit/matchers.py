@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft_reference import CARD
-from tiny import save_student, started_student
+from tiny import PROMPTS, save_student, started_student
 
 from flipkd_dist.adapter import Probe, save_adapter
 from flipkd_dist.batches import BatchMaker
@@ -36,6 +36,10 @@ def saved_adapter(folder: Path, family: str = "glm", encoder_module: str = "q_pr
         base_fingerprint=fingerprint(base),
         encoder_module=encoder_module,
         max_length=settings.get("max_length", 120),
+        prompt=PROMPTS[settings.get("mode", "pair")],
+        mode=settings.get("mode", "pair"),
+        readout=student.reads,
+        bidirectional=student.bidirectional,
         probe=Probe(*PROBE, float(p_match), 0.0),
     )
     state = {name: value.detach() for name, value in student.lora_parameters().items()}

@@ -287,6 +287,19 @@ def test_every_example_is_valid(path):
     assert load_config(path).model_dump(exclude_defaults=True).keys() >= {"name", "data", "teacher", "student"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["student.bidirectional=true"], "bidirectional: a pair's answer is read causally: set mode to alone"),
+        (["student.readout=mean", "student.encoder_module=q_proj"], "encoder_module: readout mean reads no LoRA-A"),
+        (["student.mode=alone", "student.answers=[a, b]"], "answers: texts alone are not answered"),
+    ],
+)
+def test_settings_that_nothing_would_read(named, overrides, said):
+    assert mistake(named, *overrides).startswith(f"c.yaml: student: {said}")
+    assert load_config(named, [overrides[0].replace("bidirectional=true", "mode=alone")])
+
+
 def test_written_and_read_again_it_is_the_same(tmp_path, named):
     config = load_config(
         named,

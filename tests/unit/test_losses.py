@@ -202,3 +202,36 @@ def test_cosine_matrix(seed):
         a, b = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in ([[0.0, 0], [1, 2]], [[3.0, -1], [0, 0]]))
         cosines = losses.cosine_matrix(a, b)
         assert all(torch.isfinite(x).all() for x in (cosines, *grad(cosines.sum(), (a, b))))
+
+
+@dtypes
+@seeds
+def test_l_sup_of_texts_alone(dtype, seed):
+    """p(match) = (1 + cosine) / 2 in float64, close texts and opposite ones among them; its gradient too."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, 6, 8))
+    b[0], b[1] = 2 * a[0] + 0.02 * b[0], -a[1] + 0.02 * b[1]
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    sides = [torch.tensor(side, dtype=dtype, requires_grad=True) for side in (a, b)]
+    total = losses.supervised_sum(losses.alone_logits(*sides), labels)
+    exact = [torch.tensor(side, requires_grad=True) for side in (a, b)]
+    p = (1 + torch.cosine_similarity(*exact, dim=1)) / 2
+    want = -torch.where(labels == 1, p, 1 - p).log().sum()
+    relative = 1e-4 if dtype == torch.float32 else 1e-8
+    assert total.item() == pytest.approx(want.item(), rel=relative) and p[0] > 0.999 and p[1] < 1e-3
+    for found, wanted in zip(grad(total, sides), grad(want, exact), strict=True):
+        assert (found - wanted).norm() / wanted.norm() < 10 * relative
+
+
+def test_equal_texts_alone_have_a_finite_loss_and_no_gradient():
+    a = torch.randn(2, 5, requires_grad=True)
+    logits = losses.alone_logits(a, torch.stack([a[0], -a[1]]))
+    assert logits.detach().tolist() == [pytest.approx([0, -13.8155], abs=1e-4), pytest.approx([-13.8155, 0], abs=1e-4)]
+    total = losses.supervised_sum(logits, torch.tensor([0, 1]))  # as wrong as can be
+    assert grad(total, a)[0].abs().max() < 1e-6
+
+
+def test_texts_alone_are_read_in_fp32():
+    a, b = torch.randn(2, 3, 5).bfloat16()
+    assert torch.equal(losses.alone_logits(a, b), losses.alone_logits(a.float(), b.float()))
+    assert torch.equal(losses.alone_logits(a, b), losses.alone_logits(b, a))

@@ -26,8 +26,8 @@ PAIRS = [
 ]
 
 
-def student_and_pairs(folder, attn_implementation="auto"):
-    student, encoder = started_student(folder, attn_implementation=attn_implementation)
+def student_and_pairs(folder, **settings):
+    student, encoder = started_student(folder, **settings)
     return student, encoder.prefix, [encoder.encode(a, b) for a, b in PAIRS]
 
 
@@ -40,9 +40,11 @@ def outputs_and_gradients(student, batch):
     return outputs, gradients
 
 
-@pytest.mark.parametrize("family", sorted(CAUSAL))
-def test_shared_equals_padded(tmp_path, family):
-    student, prefix, pairs = student_and_pairs(save_student(tmp_path, family))
+@pytest.mark.parametrize(
+    ("family", "reads"), [*((family, "auto") for family in sorted(CAUSAL)), ("glm", "lasttoken"), ("qwen2", "mean")]
+)
+def test_shared_equals_padded(tmp_path, family, reads):
+    student, prefix, pairs = student_and_pairs(save_student(tmp_path, family), readout=reads)
     padded, shared = pack(prefix, pairs, share=False), pack(prefix, pairs)
     assert padded.attention_mask.dim() == 2 and len(padded.input_ids) == len(pairs)
     assert len(shared.input_ids) == 1 and len(shared.paths) > 1
@@ -164,6 +166,7 @@ def test_layout():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6, 2, 3, 4]]
     assert batch.segments.tolist() == [[6, 6, 0, 6, 1, 6, 5, 5, 6, 2, 6, 3]]
     assert batch.first_texts.tolist() == [0, 2, 0] and batch.answer_positions.tolist() == [5, 11, 8]
+    assert batch.second_texts.tolist() == [1, 3, 5] and batch.last_tokens.tolist() == [2, 4, 9, 11, 0, 7]
     assert [path.tolist() for path in batch.paths] == [
         [[0, 1, 2, 3, 4, 5, 0], [0, 1, 9, 10, 11, 0, 0], [0, 1, 2, 3, 6, 7, 8]]
     ]
@@ -174,6 +177,7 @@ def test_layout():
     assert padded.attention_mask.tolist() == [[1] * 6 + [0], [1] * 5 + [0, 0], [1] * 7]
     assert padded.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
     assert padded.answer_positions.tolist() == [5, 11, 20] and padded.first_texts.tolist() == [0, 2, 4]
+    assert padded.second_texts.tolist() == [1, 3, 5] and padded.last_tokens.tolist() == [2, 4, 9, 11, 16, 19]
     assert padded.paths == () and padded.num_tokens == 18
 
 
@@ -192,3 +196,22 @@ def test_sliding_window_shorter_than_the_sequence_is_padded():
     assert not shares_prefix(window, max_length=64)
     assert shares_prefix(window, max_length=32)
     assert shares_prefix(CAUSAL["glm"](100), max_length=10_000)
+
+
+def test_what_the_last_layers_end_computes_for_each_read_out(tmp_path):
+    """Answers alone, last tokens too, or every token; texts alone have no answer."""
+    folder, rows = save_student(tmp_path), {}
+    for mode in ("pair", "alone"):
+        for reads in ("lora_a", "lasttoken", "mean"):
+            student, encoder = started_student(folder, mode=mode, readout=reads)
+            down = student.model.get_base_model().model.layers[-1].mlp.down_proj
+            down.register_forward_pre_hook(
+                lambda _module, inputs, key=(mode, reads): rows.update({key: inputs[0].shape[1]})
+            )
+            batch = BatchMaker(encoder, student, True)(PAIRS)
+            student(**batch.tensors("cpu"))
+            rows[mode, reads, "tokens"] = batch.num_tokens
+    texts = len({text for pair in PAIRS for text in pair})
+    assert rows["pair", "lora_a"] == len(PAIRS) and rows["alone", "lora_a"] == rows["alone", "lasttoken"] == texts
+    assert rows["pair", "lasttoken"] == 1 + 2 * len(PAIRS) + 8  # token 0, answers, second texts, first texts
+    assert all(rows[mode, "mean"] == rows[mode, "mean", "tokens"] for mode in ("pair", "alone"))

@@ -7,7 +7,16 @@ from tiny import sentences, tokenizer
 from tokenizers import AddedToken
 
 from flipkd_dist.errors import UserError
-from flipkd_dist.prompt import TEMPLATES, PairEncoder, answer_ids, kept_lengths
+from flipkd_dist.prompt import (
+    ALONE_TEMPLATES,
+    TEMPLATES,
+    EncodedText,
+    PairEncoder,
+    TextEncoder,
+    answer_ids,
+    kept_lengths,
+    student_encoder,
+)
 
 KINDS = ("wordpiece", "bytelevel", "unigram")
 ANSWERS = ["是", "否"]
@@ -206,3 +215,52 @@ def test_no_room_and_no_tokens(tokenizers):
         PairEncoder(words, SPACED, ANSWERS, prompt + 1)
     with pytest.raises(UserError, match=r"^data: the student's tokenizer turns '\\u200d' into no tokens"):
         PairEncoder(words, SPACED, ANSWERS, 50).encode("lost card", "\u200d")
+
+
+ALONE = "do i help ? {text} ="
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", [ALONE, "card{text}s", "{text}"])
+def test_the_span_of_a_text_alone(tokenizers, kind, prompt):
+    words = tokenizers[kind]
+    encoder, texts = TextEncoder(words, prompt, 500), sentences(20, seed=2)
+    before, after = (bare(words, part) if part else [] for part in prompt.split("{text}"))
+    for text, encoded in zip(texts, encoder.encode_texts(texts), strict=True):
+        assert encoded == encoder.encode(text) and not encoded.truncated
+        assert encoded.ids[encoded.text] == bare(words, text) and encoded.ids[encoded.text.stop :] == after
+    leading = {"wordpiece": 1, "bytelevel": 0, "unigram": 1}[kind]  # [CLS], nothing, <s>
+    assert encoder.prefix[leading:] == before and len(encoder.prefix) == leading + len(before)
+
+
+def test_a_text_alone_is_cut_at_its_end(tokenizers):
+    words = tokenizers["wordpiece"]
+    prompt = 1 + len(bare(words, ALONE.replace("{text}", "")))
+    encoder, ids = TextEncoder(words, ALONE, prompt + 3), bare(words, "card pin money lost")
+    assert encoder.encode("card pin money lost") == EncodedText([*ids[:3], *encoder.suffix], slice(0, 3), True)
+    assert len(ids) > 3 and not encoder.encode("card").truncated
+    assert TextEncoder(words, ALONE, prompt + 1).room == 1
+    with pytest.raises(UserError, match=rf"^data\.max_length: {prompt} tokens leave no room for a text"):
+        TextEncoder(words, ALONE, prompt)
+    with pytest.raises(UserError, match=r"^data: the student's tokenizer turns '\\u200d' into no tokens"):
+        encoder.encode("\u200d")
+
+
+@pytest.mark.parametrize("prompt", ["faqs", "{text} and {text}", "{text_a} {text_b}"])
+def test_prompts_of_texts_alone_that_cannot_be(tokenizers, prompt):
+    with pytest.raises(UserError, match=r"^student\.prompt: .* exactly once where texts .* faq, finance, medical$"):
+        TextEncoder(tokenizers["wordpiece"], prompt, 100)
+
+
+def test_every_template_has_a_form_for_texts_alone(tokenizers):
+    assert TEMPLATES.keys() == ALONE_TEMPLATES.keys()
+    prefixes = {name: TextEncoder(tokenizers["bytelevel"], name, 1000).prefix for name in (*TEMPLATES, None)}
+    assert prefixes[None] == prefixes["faq"] and len({tuple(prefix) for prefix in prefixes.values()}) == 3
+
+
+def test_the_mode_decides_which_encoder(tokenizers):
+    words = tokenizers["wordpiece"]
+    pair = student_encoder(words, "pair", SPACED, ANSWERS, 60)
+    alone = student_encoder(words, "alone", ALONE, ANSWERS, 60)
+    assert isinstance(pair, PairEncoder) and pair.answer_ids == bare(words, "是否")
+    assert isinstance(alone, TextEncoder) and alone.suffix == bare(words, "=")

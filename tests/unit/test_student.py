@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import CAUSAL, save_student, sentences, started_student, with_output_matrix
 
+from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.packing import pack
@@ -178,3 +179,62 @@ def test_encoder_module_must_stand_once_in_a_layer(tmp_path):
     layer.second = torch.nn.ModuleDict({"q_proj": copy.deepcopy(layer.self_attn.q_proj)})
     with pytest.raises(UserError, match=r"'q_proj' stands more than once in a layer"):
         Student(student.model, student.answer_rows, None, "q_proj")
+
+
+@pytest.mark.parametrize(("family", "reads"), [("glm", "lasttoken"), ("llama", "mean"), ("glm_original", "mean")])
+def test_read_outs_of_hidden_states(tmp_path, family, reads):
+    """Of the answers' forward, by hand; the prompt ends with the second text, whose last token answers then."""
+    student, encoder = started_student(save_student(tmp_path, family), readout=reads)
+    if family != "glm_original":
+        encoder.suffix = []
+    pairs = [encoder.encode(*texts) for texts in TEXTS]
+    batch = pack(encoder.prefix, pairs, share=family != "glm_original", blank=family == "glm_original").tensors("cpu")
+    outputs = student(**batch)
+    assert student.readout_width == outputs[1].shape[1] == 48
+    weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for value in outputs]
+    sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in student.lora_parameters().items()}
+    student.zero_grad()
+    student.behind_attention = []  # every position
+    hidden = []
+    body = student.model.get_base_model().base_model
+    body.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
+    logits, *expected = [], [], []
+    for pair in pairs:
+        one = pack(encoder.prefix, [pair], share=False, blank=family == "glm_original").tensors("cpu")
+        logits.append(student(**one)[0][0])
+        for side, span in zip(expected, (pair.text_a, pair.text_b), strict=True):
+            start, stop = len(encoder.prefix) + span.start, len(encoder.prefix) + span.stop
+            values = hidden[-1][0, start:stop]
+            side.append(values[-1] if reads == "lasttoken" else values.mean(dim=0))
+    wanted = [torch.stack(values) for values in (logits, *expected)]
+    for value, one in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-5)
+    sum((value * weight).sum() for value, weight in zip(wanted, weights, strict=True)).backward()
+    for name, parameter in student.lora_parameters().items():
+        assert (found[name] - parameter.grad).norm() / parameter.grad.norm() < 1e-5, name
+
+
+@pytest.mark.parametrize("reads", ["lora_a", "lasttoken", "mean"])
+def test_gradient_checkpointing_of_texts_alone(tmp_path, reads):
+    gradients = []
+    for checkpointing in (False, True):
+        student, encoder = started_student(
+            tmp_path if checkpointing else save_student(tmp_path), mode="alone", readout=reads
+        )
+        if checkpointing:
+            student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        logits, a, b = student.train()(**BatchMaker(encoder, student, True)(TEXTS).tensors("cpu"))
+        (logits[:, 0].sum() + (a * b).sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in student.lora_parameters().items()})
+    assert sum(bool(value.norm()) for value in gradients[0].values()) == (9 if reads == "lora_a" else 16)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_what_no_loss_reaches(tmp_path):
+    folder = save_student(tmp_path)
+    for reads in ("lasttoken", "mean"):
+        assert started_student(folder, readout=reads)[0].behind_readouts() == set()
+    names = started_student(folder, mode="alone")[0].behind_readouts()
+    assert len(names) == 4 and all("layers.1." in name and ".lora_B." in name for name in names)

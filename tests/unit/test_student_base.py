@@ -16,9 +16,10 @@ from transformers import (
     T5Config,
 )
 
-from flipkd_dist.base import check_base, shares_prefix
+from flipkd_dist.base import check_base, check_mode, shares_prefix
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
+from flipkd_dist.glm_original_config import GlmOriginalConfig
 from flipkd_dist.student import load_student
 
 
@@ -111,3 +112,24 @@ def test_layers_that_run_along_the_row_are_padded():
     assert "mamba" in jamba.layers_block_type and not shares_prefix(jamba, 64)
     bare.alibi = True
     assert not shares_prefix(bare, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "match"),
+    [
+        (GlmOriginalConfig(), {"mode": "alone"}, r"^student\.mode: alone is not supported for tiny, an original GLM"),
+        (JambaConfig(), {"mode": "alone", "bidirectional": True}, r"^student\.bidirectional: tiny has layers without"),
+    ],
+)
+def test_texts_alone_where_the_base_cannot(config, settings, match):
+    with pytest.raises(UserError, match=match):
+        check_mode(config, StudentConfig(model_name_or_path="tiny", **settings), 64)
+    check_mode(config, StudentConfig(model_name_or_path="tiny"), 64)
+
+
+def test_both_directions_within_a_sliding_window():
+    window, both = tiny.CAUSAL["qwen2"](100), StudentConfig(mode="alone", bidirectional=True)
+    window.use_sliding_window, window.sliding_window = True, 32
+    check_mode(window, both, 32)
+    with pytest.raises(UserError, match=r"over data\.max_length 64: set it to false or take another base$"):
+        check_mode(window, both, 64)

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from flipkd_dist.prompt import EncodedPair
+from flipkd_dist.prompt import EncodedPair, EncodedText
 from flipkd_dist.token_batches import (
     PATHS_PER_TOKEN,
     WINDOW_CHARACTERS,
     WINDOW_PAIRS,
     BatchLimits,
+    text_batches,
     token_batches,
     windows,
 )
@@ -103,3 +104,22 @@ def test_windows_are_bounded_and_read_no_further():
     lists = [10, WINDOW_PAIRS, 0, 5, 2 * WINDOW_PAIRS, 1]
     assert list(windows(lists, lambda _: 0, lambda n: n)) == [[10], [WINDOW_PAIRS, 0], [5], [2 * WINDOW_PAIRS], [1]]
     assert list(windows([], len, len)) == []
+
+
+@pytest.mark.parametrize(("shared", "own_prefix"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("limits", [BatchLimits(300, 512), BatchLimits(2000, 5)])
+def test_every_text_stands_once_in_a_batch_within_the_limits(shared, own_prefix, limits):
+    lengths = np.random.default_rng(0).integers(2, 60, 300)
+    texts = [EncodedText([0] * length, slice(0, length - 1)) for length in lengths]
+    batches = text_batches(texts, PREFIX, limits, shared, own_prefix)
+    assert sorted(itertools.chain(*batches)) == list(range(300))
+    fill = []
+    for batch in batches:
+        own = lengths[batch]
+        tokens = own.sum() + PREFIX * (len(batch) if own_prefix else 1) if shared else len(batch) * (PREFIX + own.max())
+        paths = len(batch) * (PREFIX + own.max())
+        assert tokens <= limits.tokens and paths <= PATHS_PER_TOKEN * limits.tokens and len(batch) <= limits.pairs
+        fill.append(max(tokens / limits.tokens, paths / PATHS_PER_TOKEN / limits.tokens, len(batch) / limits.pairs))
+    assert np.mean(fill[:-1]) > 0.75
+    assert text_batches([], PREFIX, limits) == []
+    assert text_batches(texts[:2], PREFIX, BatchLimits(1)) in ([[0], [1]], [[1], [0]])
