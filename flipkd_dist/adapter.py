@@ -100,7 +100,7 @@ def save_adapter(
     student.model.peft_config["default"].save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     write_json(draft / "flipkd.json", asdict(card))
-    names = [peft_name(name) for name in student.lora_parameters()]
+    names = [peft_name(name) for name in student.trained_parameters()]
     expected = {name: tuple(weights[name].shape) if name in weights else () for name in names}
     verify_adapter(draft, expected, {peft_name(name) for name in idle})
     shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +141,7 @@ def load_weights(student: Student, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}): train again or restore the file") from None
-    parameters = {peft_name(name): parameter for name, parameter in student.lora_parameters().items()}
+    parameters = {peft_name(name): parameter for name, parameter in student.trained_parameters().items()}
     if name := first_misfit(stored, {name: tuple(parameter.shape) for name, parameter in parameters.items()}):
         raise UserError(
             f"{path}: {name} is missing, unexpected or of another shape: the file belongs to another student"

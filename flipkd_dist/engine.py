@@ -41,7 +41,7 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear the gradients; the global norm of the gradient before clipping."""
 
-    def lora_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         """Whole LoRA tensors in fp32 on the CPU, by parameter name; every rank must call it."""
 
     def gradients(self) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class PlainEngine:
 
     def __init__(self, student: Student, make_optimizer: MakeOptimizer, max_grad_norm: float):
         self.student = student
-        self.parameters = student.lora_parameters()
+        self.parameters = student.trained_parameters()
         self.optimizer = make_optimizer(list(self.parameters.values()))
         self.max_grad_norm = max_grad_norm
 
@@ -89,7 +89,7 @@ class PlainEngine:
         self.optimizer.zero_grad()
         return float(norm)
 
-    def lora_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
 
     def gradients(self) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class DeepSpeedEngine:
         self.student = student
         self.stage = ds_config["zero_optimization"]["stage"]
         self.coalescing = False
-        self.parameters = student.lora_parameters()
+        self.parameters = student.trained_parameters()
         self.engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=make_optimizer(list(self.parameters.values())),
@@ -181,7 +181,7 @@ class DeepSpeedEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def lora_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         import deepspeed
 
         state = {}

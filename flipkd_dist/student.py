@@ -119,13 +119,13 @@ class Student(nn.Module):
         counts = torch.zeros(len(sums), device=slots.device).index_add(0, slots, torch.ones_like(slots).float())
         return (sums / counts.clamp(min=1).unsqueeze(1))[: 2 * num_pairs]
 
-    def lora_parameters(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def behind_readouts(self) -> set[str]:
         """Names of the LoRA-B that the read-outs do not depend on, the last layer's: without L_sup they stay zero."""
         layer = re.search(r".*\.\d+\.", self.encoder_name).group()
-        return {name for name in self.lora_parameters() if name.startswith(layer) and ".lora_B." in name}
+        return {name for name in self.trained_parameters() if name.startswith(layer) and ".lora_B." in name}
 
 
 def last_encoder(model: nn.Module, encoder_module: str) -> str:
@@ -216,7 +216,7 @@ def load_student(
 
 def initialise_lora(student: Student, seed: int) -> None:
     """A ~ N(0, 0.01^2), B = 0; a tensor's values depend on the seed and its name alone, not on rank or world."""
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if ".lora_A." in name:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -64,7 +64,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
                 profiler.finish_if_due()
                 if number == 0:
                     idle = idle_tensors(bench)
-                    log.check_first_update({name: v for name, v in engine.lora_state().items() if name not in idle})
+                    log.check_first_update({name: v for name, v in engine.trained_state().items() if name not in idle})
                 progress.save_if_due(number + 1, stopping)
             if stopping:
                 raise StoppedOnRequest(

@@ -40,7 +40,7 @@ def check_first_forward(
     """
     if not _wanted(engine, world, verify):
         return
-    student, state = engine.student, engine.lora_state()
+    student, state = engine.student, engine.trained_state()
     training = student.training
     student.eval()
     with torch.no_grad():
@@ -104,8 +104,8 @@ def _reference(
     reference: Student, student: Student, state: dict[str, Tensor], world: World, batch: PackedBatch
 ) -> list[np.ndarray]:
     """Outputs of `reference` with the engine's LoRA tensors."""
-    dtypes = {name: parameter.dtype for name, parameter in student.lora_parameters().items()}
-    for name, parameter in reference.lora_parameters().items():
+    dtypes = {name: parameter.dtype for name, parameter in student.trained_parameters().items()}
+    for name, parameter in reference.trained_parameters().items():
         parameter.data = state[name].to(world.device, dtypes[name])
     reference.answer_rows = reference.answer_rows.to(world.device)
     if reference.answer_bias is not None:

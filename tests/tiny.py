@@ -151,7 +151,7 @@ def started_student(
     encoder = PairEncoder(load_tokenizer(folder), prompt, ["yes", "no"], max_length, blank)
     student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if ".lora_B." in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         else:

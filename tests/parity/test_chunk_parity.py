@@ -102,7 +102,7 @@ def train(
         result["norms"].append(engine.step(0.5 if optimizer is SGD else 1e-3))
         chunked = [micro for micro in micro_steps if isinstance(micro, ChunkedMicroStep)]
         result["chunks"].append([[part.stop - part.start for part in micro.chunks] for micro in chunked])
-    result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
+    result["weights"] = {name: value.numpy() for name, value in engine.trained_state().items()}
     if stage == 3:
         result["zero3"] = left_by_zero3(engine)
     return result

@@ -69,7 +69,7 @@ def train(
         result["rows"].append([len(micro.directions[0].labels) for micro in micro_steps])
         result["kept"].append(counts[1].item())
         result["anchors"].append([int(micro.directions[0].anchor.sum()) for micro in micro_steps])
-    result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
+    result["weights"] = {name: value.numpy() for name, value in engine.trained_state().items()}
     if stage == 3:
         base = [parameter for parameter in student.parameters() if not parameter.requires_grad]
         result["base"] = (

@@ -38,7 +38,7 @@ def saved_adapter(folder: Path, family: str = "glm", encoder_module: str = "q_pr
         max_length=settings.get("max_length", 120),
         probe=Probe(*PROBE, float(p_match), 0.0),
     )
-    state = {name: value.detach() for name, value in student.lora_parameters().items()}
+    state = {name: value.detach() for name, value in student.trained_parameters().items()}
     save_adapter(folder / "adapter", student, state, encoder.tokenizer, card)
     return folder / "adapter", student.eval(), encoder
 

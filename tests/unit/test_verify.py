@@ -8,7 +8,7 @@ from flipkd_dist.verify import unmoved_layers
 
 def test_layers_that_did_not_move(tmp_path):
     student, _ = started_student(save_student(tmp_path))
-    state = {name: torch.zeros_like(value) for name, value in student.lora_parameters().items()}
+    state = {name: torch.zeros_like(value) for name, value in student.trained_parameters().items()}
     assert unmoved_layers(state) == [0, 1]
     for name, value in state.items():
         if ".lora_A." in name:
