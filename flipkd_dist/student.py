@@ -1,13 +1,13 @@
-"""The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer's LoRA-A."""
+"""The student: a causal LM, read at two output rows and at the last layer's LoRA-A, or tuned as a whole."""
 
 import hashlib
 import re
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from flipkd_dist.shared_attention import SHARED, row_of_paths
 from flipkd_dist.weight_files import WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
+ANSWERS = ("answer_rows", "answer_bias")
 
 
 class _ReadOut(Exception):
@@ -38,25 +39,40 @@ class _ReadOut(Exception):
 class Student(nn.Module):
     """Two logits and two read-outs a pair.
 
-    Shapes: R rows of L tokens, m pairs, r the rank of LoRA.
+    Shapes: R rows of L tokens, m pairs, r the rank of LoRA, with full tuning the hidden size.
     """
 
-    def __init__(self, model: nn.Module, answer_rows: Tensor, answer_bias: Tensor | None, encoder_module: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        answer_rows: Tensor,
+        answer_bias: Tensor | None,
+        encoder_module: str | None,
+        trains_answers: bool = False,
+    ):
         """
         Args:
-            model: the PEFT model of a causal LM.
-            answer_rows: [2, hidden], rows of the frozen output matrix for the matching and the other answer.
+            model: the PEFT model of a causal LM, or with full tuning the causal LM itself.
+            answer_rows: [2, hidden], rows of the output matrix for the matching and the other answer.
             answer_bias: [2] or None.
-            encoder_module: the projection whose LoRA-A in the last layer is read.
+            encoder_module: the projection whose LoRA-A in the last layer is read; None: the last hidden states are.
+            trains_answers: whether rows and bias are parameters, of their own even where the base ties its embeddings.
         """
         super().__init__()
         self.model = model
-        self.register_buffer("answer_rows", answer_rows, persistent=False)
-        self.register_buffer("answer_bias", answer_bias, persistent=False)
+        for name, value in (("answer_rows", answer_rows), ("answer_bias", answer_bias)):
+            if trains_answers:
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
         self.encoder_module = encoder_module
-        self.encoder_name = last_encoder(model, encoder_module)
+        self.encoder_name = None if encoder_module is None else last_encoder(model, encoder_module)
         self.shares_prefix = model.config._attn_implementation == SHARED
-        self.behind_attention = behind_attention(model, self.encoder_name)
+        self.behind_attention = [] if encoder_module is None else behind_attention(model, self.encoder_name)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(
         self,
@@ -75,28 +91,21 @@ class Student(nn.Module):
         Args: the tensors of a `PackedBatch`, and
             readouts_only: stop at the read-outs and return these two; without gradient alone.
         """
-        body = self.model.get_base_model().base_model
+        body = self.causal_lm.base_model
         shared = {"paths": paths, "places": places} if paths else {}
         if paths:
             attention_mask = row_of_paths(input_ids.device)
         captured: list[Tensor] = []
-        encoder = self.model.get_submodule(self.encoder_name).lora_A["default"]
-
-        def capture(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            captured.append(output)
-            if readouts_only:
-                raise _ReadOut
-
+        hidden = None
         # Hooks are for this call alone. Activation checkpointing runs a layer again without them, in the backward: what
         # is captured stays as it is, and the last layer's end must have seen every position the first time too.
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         narrow = narrowed([] if checkpointed else self.behind_attention, answer_positions)
-        hook = encoder.register_forward_hook(capture)
-        with suppress(_ReadOut), hook, narrow:
+        with suppress(_ReadOut), self._capturing(captured, readouts_only), narrow:
             hidden = body(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **shared
             ).last_hidden_state
-        readouts = self.segment_means(captured[0], segments, len(answer_positions))
+        readouts = self.segment_means(self.readout_of(captured, hidden), segments, len(answer_positions))
         if readouts_only:
             return readouts[first_texts], readouts[1::2]
         answers = hidden.flatten(0, 1)[answer_positions]
@@ -104,6 +113,23 @@ class Student(nn.Module):
         bias = None if self.answer_bias is None else at_least_fp32(self.answer_bias)
         logits = nn.functional.linear(at_least_fp32(answers), at_least_fp32(self.answer_rows), bias)
         return logits, readouts[first_texts], readouts[1::2]
+
+    def _capturing(self, captured: list[Tensor], readouts_only: bool) -> AbstractContextManager:
+        """Inside, the output of the LoRA-A that is read is added to `captured`."""
+        if self.encoder_name is None:
+            return nullcontext()
+
+        def capture(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            captured.append(output)
+            if readouts_only:
+                raise _ReadOut
+
+        return self.model.get_submodule(self.encoder_name).lora_A["default"].register_forward_hook(capture)
+
+    @staticmethod
+    def readout_of(captured: list[Tensor], hidden: Tensor | None) -> Tensor:
+        """What is averaged over the tokens of a text [R, L, r]: LoRA-A's output, without LoRA the last hidden states."""
+        return captured[0] if captured else hidden
 
     @torch.no_grad()
     def readouts(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,10 +146,14 @@ class Student(nn.Module):
         return (sums / counts.clamp(min=1).unsqueeze(1))[: 2 * num_pairs]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """By the model's own names: those of LoRA, or all of the causal LM's and the answers'."""
+        found = ((name.removeprefix("model."), parameter) for name, parameter in self.named_parameters())
+        return {name: parameter for name, parameter in found if parameter.requires_grad}
 
     def behind_readouts(self) -> set[str]:
-        """Names of the LoRA-B that the read-outs do not depend on, the last layer's: without L_sup they stay zero."""
+        """Names of what the read-outs do not depend on: the last layer's LoRA-B, with full tuning the answers' rows."""
+        if self.encoder_name is None:
+            return {name for name in self.trained_parameters() if name in ANSWERS}
         layer = re.search(r".*\.\d+\.", self.encoder_name).group()
         return {name for name in self.trained_parameters() if name.startswith(layer) and ".lora_B." in name}
 
@@ -153,18 +183,18 @@ def load_student(
     folder: Path,
     settings: StudentConfig,
     answers: list[int],
-    rank: int,
+    rank: int | None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     placement: Placement | None = None,
     weights: Weights | None = None,
 ) -> Student:
-    """Load the frozen base and put fresh LoRA on it: A ~ N(0, 0.01^2) from the seed and its name, B = 0.
+    """Load the base, and put fresh LoRA on it (A ~ N(0, 0.01^2) from the seed and its name, B = 0) or train it all.
 
     Args:
         answers: token ids of the matching and the other answer.
-        rank: r of LoRA where the settings leave it open (the teacher's hidden size).
+        rank: r of LoRA where the settings leave it open (the teacher's hidden size); None with full tuning.
         placement: what becomes of the base's weights; default: they stay whole in this process.
         weights: where they come from, if not from the files in `folder`.
     Raises:
@@ -190,6 +220,17 @@ def load_student(
     if gradient_checkpointing:
         # The reentrant kind detaches what the hook captures: the read-out would have no gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
+    if settings.tuning == "full":
+        if not by_parts:  # what is read part by part is to be looked at alone
+            model.requires_grad_(True)
+        return Student(model, rows, bias, None, trains_answers=settings.mode == "pair")
+    return _with_lora(model, rows, bias, settings, rank, seed)
+
+
+def _with_lora(
+    model: nn.Module, rows: Tensor, bias: Tensor | None, settings: StudentConfig, rank: int, seed: int
+) -> Student:
     targets = settings.lora_target_modules or attention_targets(model)
     lora_r = settings.lora_r or rank
     lora = LoraConfig(
@@ -204,12 +245,7 @@ def load_student(
         model = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"student.lora_target_modules: {targets} do not fit ({one_line(error)})") from None
-    student = Student(
-        model,
-        rows.to(dtype),
-        None if bias is None else bias.to(dtype),
-        settings.encoder_module or default_encoder(targets),
-    )
+    student = Student(model, rows, bias, settings.encoder_module or default_encoder(targets))
     initialise_lora(student, seed)
     return student
 
