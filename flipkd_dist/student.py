@@ -19,14 +19,14 @@ from flipkd_dist.base import (
     drop_output_matrix,
     output_rows,
 )
-from flipkd_dist.base_loader import Placement, Whole, empty_model, four_bit_form, load_parts, pretrained_model
+from flipkd_dist.base_loader import Placement, Streamed, Whole, empty_model, four_bit_form, load_parts, pretrained_model
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.last_layer import behind_attention, narrowed
 from flipkd_dist.losses import at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.shared_attention import SHARED, row_of_paths
-from flipkd_dist.weight_files import WeightFiles, Weights
+from flipkd_dist.weight_files import Replaced, WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
 ANSWERS = ("answer_rows", "answer_bias")
@@ -206,6 +206,8 @@ def load_student(
     placement, weights = placement or Whole(), weights or WeightFiles(folder, name)
     form = four_bit_form(settings, dtype)
     by_parts = form is not None or placement.by_parts
+    if isinstance(placement, Streamed):
+        weights = Replaced(weights, placement.state)
     if by_parts:
         model = empty_model(config, attention, dtype, name)
     else:

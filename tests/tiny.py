@@ -142,7 +142,7 @@ def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) ->
 
 
 def started_student(
-    folder: Path, max_length: int = 120, rank: int = 8, placement=None, **settings
+    folder: Path, max_length: int = 120, rank: int | None = 8, placement=None, **settings
 ) -> tuple[Student, PairEncoder]:
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
@@ -154,7 +154,7 @@ def started_student(
     for name, parameter in student.trained_parameters().items():
         if ".lora_B." in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        else:
+        elif ".lora_A." in name:
             parameter.data.mul_(10)
     return student, encoder
 
