@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe
+from flipkd_dist.adapter import AdapterCard, check_probe
 from flipkd_dist.config import RunConfig
 from flipkd_dist.evaluate import metrics_by_kind, pair_texts, thresholds_from, token_overlap
 from flipkd_dist.preflight import Inputs
@@ -17,7 +17,7 @@ def evaluate(config: RunConfig) -> None:
     """Rebuild the student from the saved adapter and write metrics.json and the predictions of each split."""
     folder = config.run_dir
     card = AdapterCard.read(folder / "adapter")
-    bench = build(config, folder / "adapter" / WEIGHTS)
+    bench = build(config, folder / "adapter")
     [p_match], _ = bench.scores([(card.probe.text_a, card.probe.text_b)], "probe")
     check_probe(p_match, card, bench.dtype)
     rows = {}

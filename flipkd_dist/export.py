@@ -54,6 +54,10 @@ def export(
         raise UserError(f"--probes {probes}: no pairs in it: name a file that has some")
     with local_adapter(model, tracking_uri) as adapter:
         card = AdapterCard.read(adapter)
+        if card.tuning == "full":
+            raise UserError(
+                f"{adapter}: tuned as a whole, so there is nothing to merge: copy it, it is a plain Hugging Face folder"
+            )
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
         config = check_base(base, StudentConfig(model_name_or_path=str(base)))

@@ -25,9 +25,7 @@ OWN = ("steps", "pairs", "tokens", *PHASES)  # what a rank adds to the sums over
 
 
 class Meter:
-    def __init__(
-        self, world: World, clock: PhaseClock, linear_weights: int, dtype: torch.dtype, operations: int = 4
-    ):
+    def __init__(self, world: World, clock: PhaseClock, linear_weights: int, dtype: torch.dtype, operations: int = 4):
         """
         Args:
             linear_weights: the base's weights of linear layers in decoder layers, on all ranks together.
@@ -61,7 +59,7 @@ class Meter:
         return torch.cat([torch.tensor(own, dtype=torch.float64), peaks])
 
     def values(self, total: Tensor) -> dict[str, float]:
-        """Logged values; seconds are means over ranks and steps, `tflops_4n` (with full tuning `tflops_6n`) is of one device."""
+        """Logged values; seconds are means over ranks and steps, `tflops_4n` (full tuning: `tflops_6n`) is of one device."""
         found = dict(zip(OWN, (total[: len(OWN)] / self.world.size).tolist(), strict=True))
         elapsed = sum(found[phase] for phase in PHASES)
         tflops = self.operations * self.linear_weights * found["tokens"] / elapsed / 1e12

@@ -128,7 +128,7 @@ class Student(nn.Module):
 
     @staticmethod
     def readout_of(captured: list[Tensor], hidden: Tensor | None) -> Tensor:
-        """What is averaged over the tokens of a text [R, L, r]: LoRA-A's output, without LoRA the last hidden states."""
+        """What is averaged over a text's tokens [R, L, r]: LoRA-A's output, without LoRA the last hidden states."""
         return captured[0] if captured else hidden
 
     @torch.no_grad()

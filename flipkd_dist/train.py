@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from flipkd_dist.adapter import AdapterCard, Probe, save_adapter
+from flipkd_dist.adapter import AdapterCard, Probe, save_adapter, save_tuned
 from flipkd_dist.ahead import ahead
 from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
@@ -121,7 +121,11 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: l
         step=best.step,
         probe=Probe(*probes[chosen], float(answers[chosen]), float(base_answers[chosen])),
     )
-    save_adapter(inputs.folder.adapter, student, best.weights(), inputs.tokenizer, card, idle_tensors(bench))
+    folder, state = inputs.folder.adapter, best.weights()
+    if card.tuning == "full":
+        save_tuned(folder, inputs.base_folder, state, inputs.encoder, card)
+    else:
+        save_adapter(folder, student, state, inputs.tokenizer, card, idle_tensors(bench))
     logger.info(
         "adapter/ holds step %d (%s %s); p(match) of its probe pair is %.3f, its base said %.3f",
         best.step,

@@ -1,4 +1,4 @@
-"""Before and after the first update: does the engine compute what the base's files say, and does what is trained move?"""
+"""Before and after the first update: does the engine compute what the base's files say, and do trained tensors move?"""
 
 import logging
 import re
