@@ -59,7 +59,7 @@ class Meter:
         return torch.cat([torch.tensor(own, dtype=torch.float64), peaks])
 
     def values(self, total: Tensor) -> dict[str, float]:
-        """Logged values; seconds are means over ranks and steps, `tflops_4n` (full tuning: `tflops_6n`) is of one device."""
+        """Logged values; seconds are means over ranks and steps, `tflops_4n` (full: `tflops_6n`) is of one device."""
         found = dict(zip(OWN, (total[: len(OWN)] / self.world.size).tolist(), strict=True))
         elapsed = sum(found[phase] for phase in PHASES)
         tflops = self.operations * self.linear_weights * found["tokens"] / elapsed / 1e12

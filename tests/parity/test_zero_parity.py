@@ -46,13 +46,14 @@ def train(
     rate=0.5,
     loss=LOSS,
     teacher=of_vectors,
+    **settings,
 ):
     """Two updates, taught by `teacher(pairs)`.
 
     Losses, unclipped gradients of each, the weights at the end, and the shapes of the work.
     """
     world = World.current()
-    engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
+    engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip, **settings)
     student = engine.student
     make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
     step = TrainingStep(engine, world, teacher(pairs), make_batch, loss)
