@@ -185,7 +185,7 @@ def main() -> None:
     start = now()
     student, num_parameters = load(options, getattr(torch, options.dtype))
     result = {"options": vars(options), "parameters": num_parameters, "load_s": now() - start}
-    result["lora_parameters"] = sum(value.numel() for value in student.lora_parameters().values())
+    result["lora_parameters"] = sum(value.numel() for value in student.trained_parameters().values())
     result["after_loading"] = peak_bytes(options.device)
     print(json.dumps(result), flush=True)
 
@@ -212,7 +212,7 @@ def main() -> None:
         losses = summarise(counts, sums.cpu(), loss)
         steps[-1] |= {"loss": losses["loss"], "grad_norm": norm}
         print(json.dumps(steps[-1]), flush=True)
-    moved = [bool(value.any()) for name, value in student.lora_parameters().items() if ".lora_B." in name]
+    moved = [bool(value.any()) for name, value in student.trained_parameters().items() if ".lora_B." in name]
     fastest = min(entry["step_s"] for entry in steps)
     tokens = options.batch * options.sequence
     operations = 4 * linear_parameters(student) * tokens

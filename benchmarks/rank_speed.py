@@ -105,7 +105,7 @@ def save_adapter_of(base: Path, folder: Path, rank: int) -> Path:
     encoder = PairEncoder(tokenizer, "faq", ["Yes", "No"], 512)
     student = load_student(base, settings, encoder.answer_ids, rank)
     generator = torch.Generator().manual_seed(5)
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if ".lora_B." in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     probe = ("a", "b")
@@ -121,7 +121,7 @@ def save_adapter_of(base: Path, folder: Path, rank: int) -> Path:
         step=1,
         probe=Probe(*probe, float(p_match), 0.0),
     )
-    state = {name: value.detach() for name, value in student.lora_parameters().items()}
+    state = {name: value.detach() for name, value in student.trained_parameters().items()}
     save_adapter(folder, student, state, tokenizer, card)
     return folder
 

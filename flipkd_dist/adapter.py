@@ -1,8 +1,9 @@
-"""The adapter folder: a PEFT folder that plain `peft` loads, with `flipkd.json` beside it; verified when written."""
+"""The adapter folder: a PEFT folder, or with full tuning a whole model, with `flipkd.json`; verified when written."""
 
 import os
 import shutil
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,10 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flipkd_dist.base import check_base
+from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.model_files import one_line
+from flipkd_dist.prompt import PairEncoder
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.student import Student
+from flipkd_dist.tuned_folder import verify_tuned, write_tuned
+from flipkd_dist.weight_files import WeightFiles
 
 WEIGHTS = "adapter_model.safetensors"
 CARD_FORMAT = 1
@@ -38,7 +44,7 @@ class AdapterCard:
     base_fingerprint: str
     prompt: str | None
     answers: list[str]
-    encoder_module: str
+    encoder_module: str | None  # None with full tuning
     max_length: int  # tokens
     threshold: float  # of p(match)
     step: int
@@ -92,17 +98,43 @@ def save_adapter(
     Raises:
         RuntimeError: the folder does not hold what was trained.
     """
+    with _whole(folder) as draft:
+        weights = {peft_name(name): value.contiguous() for name, value in state.items()}
+        save_file(weights, draft / WEIGHTS)
+        student.model.peft_config["default"].save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        write_json(draft / "flipkd.json", asdict(card))
+        names = [peft_name(name) for name in student.trained_parameters()]
+        expected = {name: tuple(weights[name].shape) if name in weights else () for name in names}
+        verify_adapter(draft, expected, {peft_name(name) for name in idle})
+
+
+def save_tuned(folder: Path, base: Path, state: dict[str, Tensor], encoder: PairEncoder, card: AdapterCard) -> None:
+    """The same with full tuning: the whole model as a Hugging Face folder.
+
+    Args:
+        base: the folder of the base.
+        state: whole trained tensors by parameter name.
+    Raises:
+        RuntimeError: the folder does not hold what was trained.
+    """
+    weights, config = WeightFiles(base, card.base_model), check_base(base, StudentConfig(model_name_or_path=str(base)))
+    with _whole(folder) as draft:
+        dtype = getattr(torch, card.dtype)
+        state = {name: value.to(dtype) for name, value in state.items()}
+        write_tuned(draft, config, state, encoder.answer_ids, weights)
+        encoder.tokenizer.save_pretrained(draft)
+        write_json(draft / "flipkd.json", asdict(card))
+        verify_tuned(draft, config, weights)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A draft that takes the folder's place when all of it is written and verified."""
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    weights = {peft_name(name): value.contiguous() for name, value in state.items()}
-    save_file(weights, draft / WEIGHTS)
-    student.model.peft_config["default"].save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    write_json(draft / "flipkd.json", asdict(card))
-    names = [peft_name(name) for name in student.lora_parameters()]
-    expected = {name: tuple(weights[name].shape) if name in weights else () for name in names}
-    verify_adapter(draft, expected, {peft_name(name) for name in idle})
+    yield draft
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 
@@ -141,7 +173,7 @@ def load_weights(student: Student, path: Path) -> None:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}): train again or restore the file") from None
-    parameters = {peft_name(name): parameter for name, parameter in student.lora_parameters().items()}
+    parameters = {peft_name(name): parameter for name, parameter in student.trained_parameters().items()}
     if name := first_misfit(stored, {name: tuple(parameter.shape) for name, parameter in parameters.items()}):
         raise UserError(
             f"{path}: {name} is missing, unexpected or of another shape: the file belongs to another student"

@@ -46,6 +46,11 @@ def check_base(folder: Path, settings: StudentConfig):
             f"student.model_name_or_path: {name} is quantised already: take the original weights, and "
             "student.load_in_4bit to train on four bits"
         )
+    if settings.tuning == "full" and fills_blank(config):
+        raise UserError(
+            f"student.tuning: {name} is an original GLM: transformers has no class for it, so nothing would open the "
+            "folder of its tuned weights: take lora"
+        )
     for key in LOGIT_TRANSFORMS:
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise UserError(
@@ -149,25 +154,31 @@ def attention_targets(model: nn.Module) -> list[str]:
 
 def output_rows(model: nn.Module, weights: Weights, rows: list[int], name: str) -> tuple[Tensor, Tensor | None]:
     """Rows [2, hidden] and bias [2] of the output matrix, read from the files: its parameter may be partitioned."""
+    matrix, bias = output_names(model, weights, name)
+    return weights.rows(matrix, rows), None if bias is None else weights.rows(bias, rows)
+
+
+def output_names(model: nn.Module, weights: Weights, name: str) -> tuple[str, str | None]:
+    """What the files call the output matrix, which may be the embedding, and its bias if there is one."""
     head = model.get_output_embeddings()
     # A tied matrix has several names, of which the files hold one.
     names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is head.weight]
     if model.config.tie_word_embeddings:
         names += [f"{path}.weight" for path, module in model.named_modules() if module is model.get_input_embeddings()]
-    head_name = _head_name(model)
+    head_name = output_module(model)
     # Some files keep a name of old (GPT-NeoX), which transformers maps.
     names += ["embed_out.weight"] if head_name == "lm_head" else []
     stored = stored_name(weights, names, model.base_model_prefix)
     if stored is None:
         raise UserError(f"student.model_name_or_path: {name} has no tensor {' or '.join(names)}: not supported")
-    bias = None if getattr(head, "bias", None) is None else weights.rows(f"{head_name}.bias", rows)
-    return weights.rows(stored, rows), bias
+    return stored, None if getattr(head, "bias", None) is None else f"{head_name}.bias"
 
 
-def _head_name(model: nn.Module) -> str:
+def output_module(model: nn.Module) -> str:
+    """The name of the module that holds the output matrix."""
     return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
 
 
 def drop_output_matrix(model: nn.Module) -> None:
     """Free the output matrix, of which two rows are all that is multiplied; `logits` are the hidden states then."""
-    model.set_submodule(_head_name(model), nn.Identity())
+    model.set_submodule(output_module(model), nn.Identity())

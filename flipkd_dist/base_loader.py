@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flipkd_dist.config import StudentConfig
@@ -91,6 +91,11 @@ class Streamed(Whole):
     """Each part is read when its forward begins and dropped when it ends: no gradient, little memory."""
 
     by_parts = True
+
+    def __init__(self, device: torch.device | str = "cpu", state: dict[str, Tensor] | None = None):
+        """`state`: tensors by the model's names that are read in place of those in the files."""
+        super().__init__(device)
+        self.state = state or {}
 
     def place(self, part: Part) -> None:
         part.clear()

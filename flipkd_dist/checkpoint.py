@@ -1,4 +1,4 @@
-"""Checkpoints: LoRA weights, Adam moments and RNG as slices of every rank, complete (manifest, by rename) or absent.
+"""Checkpoints: trained weights, Adam moments and RNG as slices of every rank, complete (manifest, by rename) or absent.
 
 A slice is a range of a tensor's flattened elements. Which rank wrote it does not matter to a reader: another number of
 ranks, or another ZeRO stage, reads other ranges of the same tensors.
@@ -75,7 +75,7 @@ class Checkpoint:
         return values
 
     def weights(self) -> dict[str, Tensor]:
-        """Every LoRA tensor whole, by parameter name."""
+        """Every trained tensor whole, by parameter name."""
         shapes = {name: torch.Size(shape) for name, shape in self.manifest["shapes"].items()}
         found = self.read({name: (0, shape.numel()) for name, shape in shapes.items()}, ("weight",))
         return {name: found[name]["weight"].view(shape) for name, shape in shapes.items()}

@@ -1,15 +1,12 @@
 """`flipkd compare`: the rows of a table as runs on one cluster, then its statistics and its report."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from sklearn.metrics import roc_auc_score
-
-from flipkd_dist.comparison import READINGS, Comparison, Row
+from flipkd_dist import comparison_report
+from flipkd_dist.comparison import Comparison, Row
 from flipkd_dist.comparison_reading import INDEX, SPLITS, read_comparison
 from flipkd_dist.comparison_rows import ENCODERS, chosen_rows, planned_runs, settings_of
 from flipkd_dist.comparison_runs import Run, Runner, place_runs
@@ -19,6 +16,7 @@ from flipkd_dist.pipeline import absolute_paths
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, places
 from flipkd_dist.run_folder import RunFolder, read_json, write_json
 from flipkd_dist.score_stage import fill_stores
+from flipkd_dist.statistics import compare_rows
 from flipkd_dist.teacher_stage import is_scored
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 
@@ -43,12 +41,12 @@ def compare(
         UserError: before anything is started or written.
         StoppedOnRequest: asked to stop; the next call goes on.
     """
-    table = Table(config, chosen_rows(config, names, sweeps, teachers, settings), num_seeds)
-    if not all(run.is_finished for run in table.runs):
-        table.make(jobs)
-    table.note()
-    table.conclude()
-    return table.say_failures() == 0
+    made = Table(config, chosen_rows(config, names, sweeps, teachers, settings), num_seeds)
+    if not all(run.is_finished for run in made.runs):
+        made.make(jobs)
+    made.note()
+    made.conclude()
+    return made.say_failures() == 0
 
 
 class Table:
@@ -129,12 +127,7 @@ class Table:
     def conclude(self) -> None:
         """Statistics and report out of what is finished; printed, written and logged."""
         comparison, folder = self.comparison(), self.folder.path
-        try:
-            from flipkd_dist import comparison_report, statistics
-        except ImportError:  # until these parts are merged
-            print(_plain_table(comparison))
-            return
-        results = statistics.compare_rows(comparison)
+        results = compare_rows(comparison)
         write_json(folder / INDEX, {**read_json(folder / INDEX), "results": results.as_dict()})
         comparison_report.write(folder, comparison, results, self._flip(), self._failures())
         print(statistics.table(results))
@@ -170,21 +163,6 @@ class Table:
         for run in failed:
             print(f"failed: {run.name}: {run.reason} ({run.folder.path / 'run.log'})")
         return len(failed)
-
-
-def _plain_table(comparison: Comparison) -> str:
-    lines, label = [], comparison.pairs["test"].label
-    for found in comparison.rows:
-        for reading in READINGS:
-            figures = [
-                float(np.mean([roc_auc_score(label, one) for one in run.scores[reading]["test"]]))
-                for run in found.runs
-                if reading in run.scores
-            ]
-            if figures:
-                mean, spread = np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else math.nan
-                lines.append(f"{found.row.title:<32}{reading:<12}{mean:8.4f} +- {spread:.4f} ({len(figures)})")
-    return "\n".join(lines)
 
 
 def _shared(config: RunConfig, folder: Path, uri: str) -> RunConfig:

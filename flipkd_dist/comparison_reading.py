@@ -71,8 +71,6 @@ def _check_length(path: Path, split: str, found: np.ndarray, pairs: PairTable) -
 
 def _run_scores(seed: int, path: Path, pairs: dict[str, PairTable]) -> RunScores:
     """Of `scores.parquet`; a run without a column of p(match), as an encoder's, has no such reading."""
-    if not (path / "scores.parquet").exists():
-        return _stand_in(seed, path, pairs)
     table = pq.read_table(path / "scores.parquet").sort_by([("split", "ascending"), ("pair", "ascending")])
     columns = {key: table[key].to_numpy() for key in ("split", "step", "pair", "similarity")}
     columns["p_match"] = table["p_match"].cast("float64").to_numpy()
@@ -89,16 +87,6 @@ def _run_scores(seed: int, path: Path, pairs: dict[str, PairTable]) -> RunScores
                 _check_length(path, split, columns[reading][rows], its_pairs)
             scores[reading][split] = np.stack([columns[reading][rows] for rows in its_rows])
     return RunScores(seed, list(steps), scores, read_cost(path))
-
-
-def _stand_in(seed: int, path: Path, pairs: dict[str, PairTable]) -> RunScores:
-    """Of the best checkpoint alone, by the run's predictions."""
-    columns = {"p_match": "student", "similarity": "student_readout"}
-    scores = {
-        reading: {split: _predictions(path, split, column, table)[None] for split, table in pairs.items()}
-        for reading, column in columns.items()
-    }
-    return RunScores(seed, [(read_json(path / "metrics.json") or {})["step"]], scores, read_cost(path))
 
 
 def read_cost(path: Path) -> Cost | None:

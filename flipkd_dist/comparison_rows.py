@@ -28,8 +28,8 @@ def standard_rows(config: RunConfig) -> dict[str, Row]:
     flip = f"L_sup + {loss.dist_weight:g} L_dist + {loss.mcl_weight:g} L_MCL"
     full = {"student.tuning": "full", "student.readout": "auto", "train.learning_rate": config.train.learning_rate / 10}
     arccse = {"loss.dist_weight": 0.0, **contrastive("arccse", margin=0.1745, temperature=0.05, threshold=None)}
-    kdmcse = {"loss.dist_weight": 0.0, **contrastive("kdmcse", margin=0.1, temperature=0.05)}
-    infonce = contrastive("infonce", margin=0.06, temperature=0.05)
+    kdmcse = {"loss.dist_weight": 0.0, **contrastive("kdmcse", margin=0.15, temperature=0.05)}
+    infonce = contrastive("infonce", margin=0.0)
     rows = [
         Row("overlap", "token overlap", {}, "Jaccard of words", kind="overlap"),
         Row("teacher", "teacher", {}, "cosine of mean token vectors", FLIPKD, kind="teacher"),

@@ -41,14 +41,18 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear the gradients; the global norm of the gradient before clipping."""
 
-    def lora_state(self) -> dict[str, Tensor]:
-        """Whole LoRA tensors in fp32 on the CPU, by parameter name; every rank must call it."""
+    def each_trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole value in fp32 on the CPU of one trained tensor after the other; every rank must go through."""
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """All of them, by parameter name; every rank must call it."""
+        return dict(self.each_trained())
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole unclipped gradients between the last `backward` and `step`; every rank must call it."""
 
     def shapes(self) -> dict[str, list[int]]:
-        """Of the whole LoRA tensors, by parameter name."""
+        """Of the whole trained tensors, by parameter name."""
 
     def slices(self) -> dict[str, Slice]:
         """This rank's slices by parameter name; the slices of all ranks together are whole tensors."""
@@ -59,12 +63,12 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """One process, no sharding."""
 
     def __init__(self, student: Student, make_optimizer: MakeOptimizer, max_grad_norm: float):
         self.student = student
-        self.parameters = student.lora_parameters()
+        self.parameters = student.trained_parameters()
         self.optimizer = make_optimizer(list(self.parameters.values()))
         self.max_grad_norm = max_grad_norm
 
@@ -89,8 +93,8 @@ class PlainEngine:
         self.optimizer.zero_grad()
         return float(norm)
 
-    def lora_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
+    def each_trained(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach().float().cpu().clone()) for name, parameter in self.parameters.items())
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: parameter.grad.detach().float().cpu().clone() for name, parameter in self.parameters.items()}
@@ -111,7 +115,7 @@ class PlainEngine:
     def close(self) -> None: ...
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """ZeRO-1/2/3 by DeepSpeed, with the caller's optimizer."""
 
     def __init__(self, student: Student, make_optimizer: MakeOptimizer, ds_config: dict[str, Any]):
@@ -120,7 +124,7 @@ class DeepSpeedEngine:
         self.student = student
         self.stage = ds_config["zero_optimization"]["stage"]
         self.coalescing = False
-        self.parameters = student.lora_parameters()
+        self.parameters = student.trained_parameters()
         self.engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=make_optimizer(list(self.parameters.values())),
@@ -181,14 +185,13 @@ class DeepSpeedEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def lora_state(self) -> dict[str, Tensor]:
+    def each_trained(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
 
-        state = {}
         for name, parameter in self.parameters.items():  # one at a time: together they may be gigabytes
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                state[name] = parameter.detach().float().cpu().clone()
-        return state
+                value = parameter.detach().float().cpu().clone()
+            yield name, value
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad

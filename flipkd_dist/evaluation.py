@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe
+from flipkd_dist.adapter import AdapterCard, check_probe
 from flipkd_dist.checkpoint import best_checkpoints
 from flipkd_dist.config import RunConfig
 from flipkd_dist.evaluate import metrics_by_kind, pair_texts, thresholds_from, token_overlap
@@ -35,7 +35,7 @@ def evaluate(config: RunConfig, untrained: bool = False) -> None:
     """
     folder = config.run_dir
     card = None if untrained else AdapterCard.read(folder / "adapter")
-    bench = build(config, None if card is None else folder / "adapter" / WEIGHTS)
+    bench = build(config, None if card is None else folder / "adapter")
     if card is not None:
         [p_match], _ = bench.scores([(card.probe.text_a, card.probe.text_b)], "probe")
         check_probe(p_match, card, bench.dtype)

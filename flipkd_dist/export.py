@@ -59,6 +59,10 @@ def export(
                 f"{adapter}: this student encodes texts alone, and a merged folder answers pairs: use the adapter "
                 "with flipkd predict, rank and embed"
             )
+        if card.tuning == "full":
+            raise UserError(
+                f"{adapter}: tuned as a whole, so there is nothing to merge: copy it, it is a plain Hugging Face folder"
+            )
         mode = merge_mode(card, merge)
         base = find_base(card, adapter, base_model)
         config = check_base(base, StudentConfig(model_name_or_path=str(base)))

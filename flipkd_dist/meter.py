@@ -19,17 +19,20 @@ from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
 IN_LAYER = re.compile(r"\.\d+\.")
-OPERATIONS = 4  # a frozen weight and token: 2 forward, 2 for the gradient of the input (docs/plan.md)
+# A weight and token: 2 forward, 2 for the gradient of the input, and 2 for its own where it is trained (docs/plan.md).
+OPERATIONS = {"lora": 4, "full": 6}
 OWN = ("steps", "pairs", "tokens", *PHASES)  # what a rank adds to the sums over ranks
 
 
 class Meter:
-    def __init__(self, world: World, clock: PhaseClock, linear_weights: int, dtype: torch.dtype):
+    def __init__(self, world: World, clock: PhaseClock, linear_weights: int, dtype: torch.dtype, operations: int = 4):
         """
         Args:
-            linear_weights: frozen weights of linear layers in decoder layers, on all ranks together.
+            linear_weights: the base's weights of linear layers in decoder layers, on all ranks together.
             dtype: of the run's products, by which a device's peak is looked up.
+            operations: that are counted for each of these weights and each token.
         """
+        self.operations = operations
         self.world, self.clock, self.linear_weights = world, clock, linear_weights
         self.peak_tflops = peak_tflops(world.device, dtype)
         self.steps = self.pairs = self.tokens = 0.0
@@ -56,15 +59,15 @@ class Meter:
         return torch.cat([torch.tensor(own, dtype=torch.float64), peaks])
 
     def values(self, total: Tensor) -> dict[str, float]:
-        """Logged values; seconds are means over ranks and steps, `tflops_4n` is that of one device."""
+        """Logged values; seconds are means over ranks and steps, `tflops_4n` (full: `tflops_6n`) is of one device."""
         found = dict(zip(OWN, (total[: len(OWN)] / self.world.size).tolist(), strict=True))
         elapsed = sum(found[phase] for phase in PHASES)
-        tflops = OPERATIONS * self.linear_weights * found["tokens"] / elapsed / 1e12
-        mfu = {} if self.peak_tflops is None else {"mfu_4n": tflops / self.peak_tflops}
+        tflops = self.operations * self.linear_weights * found["tokens"] / elapsed / 1e12
+        mfu = {} if self.peak_tflops is None else {f"mfu_{self.operations}n": tflops / self.peak_tflops}
         return {
             "pairs_per_second": found["pairs"] / elapsed,
             "tokens_per_second": found["tokens"] * self.world.size / elapsed,
-            "tflops_4n": tflops,
+            f"tflops_{self.operations}n": tflops,
             **mfu,
             "step_seconds": elapsed / found["steps"],
             **{f"seconds_{phase}": found[phase] / found["steps"] for phase in PHASES},
@@ -73,13 +76,14 @@ class Meter:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Frozen weights of linear layers in decoder layers, sharded or in four bits or not; the planner's N."""
-    return sum(_weights(module) for name, module in model.named_modules() if IN_LAYER.search(f"{name}."))
+    """The base's weights of linear layers in decoder layers, sharded or in four bits or not; the planner's N."""
+    layers = ((name, module) for name, module in model.named_modules() if IN_LAYER.search(f"{name}."))
+    return sum(_weights(module) for name, module in layers if ".lora_" not in name)
 
 
 def _weights(module: nn.Module) -> int:
     weight = module._parameters.get("weight")  # its own: LoRA's layers lend those of the layer that they wrap
-    if weight is None or weight.requires_grad or isinstance(module, nn.Embedding):
+    if weight is None or isinstance(module, nn.Embedding):
         return 0
     if isinstance(module, nn.Linear):  # packed bytes are fewer
         return module.in_features * module.out_features

@@ -134,15 +134,22 @@ class MetricLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self.tracker.metrics(values, step)
 
-    def check_first_update(self, state: dict[str, torch.Tensor]) -> None:
-        """After the first update LoRA-B must have left zero on every layer, or gradients do not reach the adapter."""
-        moved = [bool(value.any()) for name, value in state.items() if ".lora_B." in name]
-        norm = math.sqrt(sum(value.square().sum().item() for name, value in state.items() if ".lora_B." in name))
-        self.write(1, {"lora_b_norm": norm, "lora_b_moved_share": sum(moved) / len(moved)})
-        if layers := unmoved_layers(state):
+    def check_first_update(self, moves: dict[str, float]) -> None:
+        """After the first update something of every layer must have moved, or gradients do not reach it.
+
+        Args:
+            moves: as from `first_moves`.
+        """
+        share, norm = sum(square > 0 for square in moves.values()) / len(moves), math.sqrt(sum(moves.values()))
+        if self.config.student.tuning == "full":
+            self.write(1, {"moved_share": share})
+        else:
+            self.write(1, {"lora_b_norm": norm, "lora_b_moved_share": share})
+        if layers := unmoved_layers(moves):
+            kind = "tensor" if self.config.student.tuning == "full" else "LoRA-B tensor"
             raise RuntimeError(
-                f"no LoRA-B tensor of {len(layers)} layers (such as layer {layers[0]}) moved in the first update: "
-                "gradients do not reach the adapter"
+                f"no {kind} of {len(layers)} layers (such as layer {layers[0]}) moved in the first update: "
+                "gradients do not reach them"
             )
 
 

@@ -56,7 +56,8 @@ def _check_without_texts(config: RunConfig) -> None:
             "teacher.model_name_or_path to a bi-encoder for them, or teacher.neighbours to the number of columns of "
             "each row that the cross-encoder is to score, or loss.mcl_weight to 0"
         )
-    if teacher.scores is not None and config.student.lora_r is None:
+    has_lora = config.student.tuning == "lora"
+    if teacher.scores is not None and config.student.lora_r is None and has_lora:
         raise UserError(
             "student.lora_r: scored files have no hidden size to take it from: set it, or name a bi-encoder in "
             "teacher.model_name_or_path"

@@ -94,6 +94,11 @@ def student_shape(config: RunConfig) -> Shape:
         UserError: a base that cannot be a student, or targets that it lacks.
     """
     settings = config.student
+    if settings.tuning == "full":
+        raise UserError(
+            "student.tuning: full: memory and traffic are known for LoRA alone: try one step of the run "
+            "(train.max_steps=1), or set it to lora to plan that"
+        )
     folder = resolve_config(settings.model_name_or_path, "student.model_name_or_path")
     rank = settings.lora_r
     if rank is None:

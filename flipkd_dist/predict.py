@@ -75,7 +75,7 @@ def merge_lora(student: Student) -> None:
 
 
 class Matcher:
-    """A base with its adapter; `threshold` is the decision threshold of p(match) from validation."""
+    """A base with its adapter, or a tuned model; `threshold` is the decision threshold of p(match) from validation."""
 
     def __init__(self, folder: Path, base_model: str | None = None, device: str | None = None, merge: bool = True):
         """
@@ -89,28 +89,15 @@ class Matcher:
             RuntimeError: the adapter does not answer its probe pair as it did when it was saved.
         """
         card, base, encoder = _saved_reading(folder, base_model)
-        lora = read_json(folder / "adapter_config.json")
-        if lora is None or not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder}: adapter_config.json or {WEIGHTS} is missing: name a complete adapter folder")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # On a CPU bf16 is slow, and fp32 answers the same up to bf16's rounding.
         dtype = torch.float32 if device == "cpu" else getattr(torch, card.dtype)
-        settings = StudentConfig(
-            model_name_or_path=str(base),
-            lora_r=lora["r"],
-            lora_alpha=float(lora["lora_alpha"]),
-            lora_target_modules=sorted(lora["target_modules"]),
-            encoder_module=card.encoder_module if card.readout == "lora_a" else None,
-            attn_implementation=card.attn_implementation,
-            load_in_4bit=card.load_in_4bit,
-            bnb_4bit_quant_type=card.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
-            mode=card.mode,
-            readout=card.readout,
-            bidirectional=card.bidirectional,
+        settings = _saved_settings(folder, card, base)
+        student = load_student(
+            base, settings, encoder.answer_ids, settings.lora_r, dtype=dtype, placement=Whole(device)
         )
-        student = load_student(base, settings, encoder.answer_ids, lora["r"], dtype=dtype, placement=Whole(device))
-        load_weights(student, folder / WEIGHTS)
+        if card.tuning == "lora":
+            load_weights(student, folder / WEIGHTS)
         if merge and dtype == torch.float32 and not card.load_in_4bit:
             merge_lora(student)
         self.threshold, self.student = card.threshold, student.to(device).eval()
@@ -222,14 +209,45 @@ def _saved_reading(folder: Path, base_model: str | None) -> tuple[AdapterCard, P
     return card, base, student_encoder(tokenizer, card.mode, card.prompt, card.answers, card.max_length, blank)
 
 
+def _saved_settings(folder: Path, card: AdapterCard, base: Path) -> StudentConfig:
+    """Those of the student that was saved in `folder`."""
+    reading = dict(
+        model_name_or_path=str(base),
+        attn_implementation=card.attn_implementation,
+        tuning=card.tuning,
+        mode=card.mode,
+        readout=card.readout,
+        bidirectional=card.bidirectional,
+    )
+    if card.tuning == "full":
+        return StudentConfig(**reading)
+    lora = read_json(folder / "adapter_config.json")
+    if lora is None or not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: adapter_config.json or {WEIGHTS} is missing: name a complete adapter folder")
+    return StudentConfig(
+        **reading,
+        lora_r=lora["r"],
+        lora_alpha=float(lora["lora_alpha"]),
+        lora_target_modules=sorted(lora["target_modules"]),
+        encoder_module=card.encoder_module if card.readout == "lora_a" else None,
+        load_in_4bit=card.load_in_4bit,
+        bnb_4bit_quant_type=card.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=card.bnb_4bit_use_double_quant,
+    )
+
+
 def find_base(card: AdapterCard, folder: Path, base_model: str | None = None) -> Path:
-    """The folder of the base that the adapter in `folder` was trained on.
+    """The folder of the base that the adapter in `folder` was trained on; with full tuning `folder` itself.
 
     Args:
         base_model: where it is, if not where it was in training.
     Raises:
         UserError: not found, or another one.
     """
+    if card.tuning == "full":
+        if base_model is not None:
+            raise UserError(f"--base-model {base_model}: {folder} holds all of its model's weights: leave it out")
+        return folder
     base = resolve_model(base_model or card.base_model, "student.model_name_or_path")
     if fingerprint(base) != card.base_fingerprint:
         raise UserError(

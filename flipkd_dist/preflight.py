@@ -61,8 +61,10 @@ class Inputs:
         return list(dict.fromkeys(text for pairs in self.splits.values() for text in pairs.texts))
 
     @property
-    def lora_rank(self) -> int:
+    def lora_rank(self) -> int | None:
         """Of the student: what is configured, else the teacher's hidden size; a bi-encoder's goes first."""
+        if self.config.student.tuning == "full":
+            return None
         if self.config.student.lora_r is not None:
             return self.config.student.lora_r
         return self.teacher.largest_hidden_size if self.teacher is not None else self.pair_source.hidden_size
@@ -113,6 +115,8 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder
             drop_output_matrix(model)
             check_packable(model, name)
             find_parts(model, WeightFiles(folder, name), torch.float32, "meta", name)
+        if settings.tuning == "full":
+            return
         targets = settings.lora_target_modules or attention_targets(model)
         try:
             model = get_peft_model(model, LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"))

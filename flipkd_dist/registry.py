@@ -29,22 +29,27 @@ def _teacher_name(teacher: TeacherConfig) -> str:
 def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> str:
     """README.md of the adapter and description of the registered version."""
     tables = tables_by_split(metrics)
+    how, weights = "with LoRA", "its weights are not included"
+    readout = f"LoRA-A read-out: last layer, `{card.encoder_module}`"
+    if card.tuning == "full":
+        how, weights = "tuned as a whole", "all of the tuned weights are in this folder; it needs no base"
+        readout = f"read-out: {card.readout} of the last hidden states"
     return "\n".join(
         [
             "---",
             f"base_model: {card.base_model}",
-            "library_name: peft",
+            f"library_name: {'transformers' if card.tuning == 'full' else 'peft'}",
             "pipeline_tag: text-classification",
             "---",
             f"# {config.name}",
             "",
-            "Decides whether two texts match: p(match) from a causal language model with LoRA, trained by flipped "
+            f"Decides whether two texts match: p(match) from a causal language model {how}, trained by flipped "
             "knowledge distillation (FlipKD, arXiv 2507.05617) with `flipkd_dist`.",
             "",
-            f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` (its weights are not included)",
+            f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` ({weights})",
             f"- teacher in training: {_teacher_name(config.teacher)}; not needed for prediction",
             *([f"- trained on {card.four_bits}: on the original weights it answers differently"] * card.load_in_4bit),
-            f"- LoRA-A read-out: last layer, `{card.encoder_module}`; step {card.step}",
+            f"- {readout}; step {card.step}",
             f"- decision threshold of p(match): {card.threshold:.4f}; at most {card.max_length} tokens",
             f"- losses: sup {config.loss.sup_weight}, dist {config.loss.dist_weight}, mcl {config.loss.mcl_weight}",
             "",
@@ -73,7 +78,13 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     expected, similarity = Matcher(adapter).predict(example)
     code = Path(__file__).with_name("pyfunc_model.py")
     outputs = {"p_match": expected, "similarity": similarity, "match": expected >= card.threshold}
-    version = log_pyfunc(config, run_id, name, code, adapter, example, outputs, {"base_model": card.base_model}, text)
+    base = {"base_model": card.base_model}
+    if card.tuning == "full":
+        base, size = {}, sum(path.stat().st_size for path in adapter.iterdir())
+        logger.warning(
+            "warning: %.2f GB go into the registry: with student.tuning: full it is the whole model", size / 1e9
+        )
+    version = log_pyfunc(config, run_id, name, code, adapter, example, outputs, base, text)
     found = load_registered(config, f"models:/{name}/{version}", example)
     worst = float(np.max(np.abs(found - expected)))
     if not worst <= TOLERANCE:

@@ -1,4 +1,4 @@
-"""A rank's slices of the LoRA tensors and their Adam moments, as views into what its optimizer updates."""
+"""A rank's slices of the trained tensors and their Adam moments, as views into what its optimizer updates."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ KINDS = ("weight", *MOMENTS)
 
 @dataclass(frozen=True)
 class Slice:
-    """A rank's part of one LoRA tensor: elements [start, stop) of it, flattened, and their Adam moments."""
+    """A rank's part of one trained tensor: elements [start, stop) of it, flattened, and their Adam moments."""
 
     start: int
     values: dict[str, Tensor]  # kind -> [stop - start], views of what the optimizer works on

@@ -1,4 +1,4 @@
-"""The student: a causal LM with LoRA in its attention, read at two output rows and at the last layer."""
+"""The student: a causal LM with LoRA or tuned as a whole, read at two output rows and at the last layer."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -20,16 +20,17 @@ from flipkd_dist.base import (
     drop_output_matrix,
     output_rows,
 )
-from flipkd_dist.base_loader import Placement, Whole, empty_model, four_bit_form, load_parts, pretrained_model
+from flipkd_dist.base_loader import Placement, Streamed, Whole, empty_model, four_bit_form, load_parts, pretrained_model
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.last_layer import behind_attention, narrowed
 from flipkd_dist.losses import alone_logits, at_least_fp32
 from flipkd_dist.model_files import one_line
 from flipkd_dist.shared_attention import SHARED, row_of_paths
-from flipkd_dist.weight_files import WeightFiles, Weights
+from flipkd_dist.weight_files import Replaced, WeightFiles, Weights
 
 LORA_A_STD = 0.01  # FlipKD, section 4
+ANSWERS = ("answer_rows", "answer_bias")
 
 
 class _ReadOut(Exception):
@@ -47,28 +48,37 @@ class Student(nn.Module):
         model: nn.Module,
         answer_rows: Tensor,
         answer_bias: Tensor | None,
-        encoder_module: str,
+        encoder_module: str | None,
         reads: str = "lora_a",
         alone: bool = False,
+        trains_answers: bool = False,
     ):
         """
         Args:
-            model: the PEFT model of a causal LM.
-            answer_rows: [2, hidden], rows of the frozen output matrix for the matching and the other answer.
+            model: the PEFT model of a causal LM, or with full tuning the causal LM itself.
+            answer_rows: [2, hidden], rows of the output matrix for the matching and the other answer.
             answer_bias: [2] or None.
-            encoder_module: the projection whose LoRA-A in the last layer is read.
+            encoder_module: the projection whose LoRA-A in the last layer is read; None: there is no LoRA.
             reads: the read-out, `StudentConfig.reads`: r is LoRA's rank for lora_a, else the width of hidden states.
             alone: whether texts are encoded by themselves, so that read-outs are all that p(match) depends on.
+            trains_answers: whether rows and bias are parameters, of their own even where the base ties its embeddings.
         """
         super().__init__()
         self.model = model
-        self.register_buffer("answer_rows", answer_rows, persistent=False)
-        self.register_buffer("answer_bias", answer_bias, persistent=False)
+        for name, value in (("answer_rows", answer_rows), ("answer_bias", answer_bias)):
+            if trains_answers:
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
+            else:
+                self.register_buffer(name, value, persistent=False)
         self.encoder_module, self.reads, self.alone = encoder_module, reads, alone
-        self.encoder_name = last_encoder(model, encoder_module)
+        self.encoder_name = None if encoder_module is None else last_encoder(model, encoder_module)
         self.shares_prefix = model.config._attn_implementation == SHARED
         self.bidirectional = not getattr(model.config, "is_causal", True)  # as `read_both_ways` leaves it
-        self.behind_attention = behind_attention(model, self.encoder_name)
+        self.behind_attention = [] if encoder_module is None else behind_attention(model, self.encoder_name)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(
         self,
@@ -90,7 +100,7 @@ class Student(nn.Module):
         Args: the tensors of a `PackedBatch`, and
             readouts_only: stop at the read-outs and return these two; without gradient alone.
         """
-        body = self.model.get_base_model().base_model
+        body = self.causal_lm.base_model
         shared = {"paths": paths, "places": places, "path_masks": path_masks} if paths else {}
         if paths:
             attention_mask = row_of_paths(input_ids.device)
@@ -158,18 +168,22 @@ class Student(nn.Module):
         counts = torch.zeros(len(sums), device=slots.device).index_add(0, slots, torch.ones_like(slots).float())
         return (sums / counts.clamp(min=1).unsqueeze(1))[:num_texts]
 
-    def lora_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """By the model's own names: those of LoRA, or all of the causal LM's and the answers'."""
+        found = ((name.removeprefix("model."), parameter) for name, parameter in self.named_parameters())
+        return {name: parameter for name, parameter in found if parameter.requires_grad}
 
     def behind_readouts(self) -> set[str]:
-        """Names of the LoRA-B that the read-outs do not depend on: with no other loss they stay zero.
+        """Names of what the read-outs do not depend on: with no other loss they stay as they are.
 
-        They are the last layer's where LoRA-A is read, and none where hidden states are.
+        They are the last layer's LoRA-B where LoRA-A is read, and with full tuning the answers' rows.
         """
+        if self.encoder_name is None:
+            return {name for name in self.trained_parameters() if name in ANSWERS}
         if self.reads != "lora_a":
             return set()
         layer = re.search(r".*\.\d+\.", self.encoder_name).group()
-        return {name for name in self.lora_parameters() if name.startswith(layer) and ".lora_B." in name}
+        return {name for name in self.trained_parameters() if name.startswith(layer) and ".lora_B." in name}
 
 
 def last_encoder(model: nn.Module, encoder_module: str) -> str:
@@ -205,18 +219,18 @@ def load_student(
     folder: Path,
     settings: StudentConfig,
     answers: list[int],
-    rank: int,
+    rank: int | None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     placement: Placement | None = None,
     weights: Weights | None = None,
 ) -> Student:
-    """Load the frozen base and put fresh LoRA on it: A ~ N(0, 0.01^2) from the seed and its name, B = 0.
+    """Load the base, and put fresh LoRA on it (A ~ N(0, 0.01^2) from the seed and its name, B = 0) or train it all.
 
     Args:
         answers: token ids of the matching and the other answer.
-        rank: r of LoRA where the settings leave it open (the teacher's hidden size).
+        rank: r of LoRA where the settings leave it open (the teacher's hidden size); None with full tuning.
         placement: what becomes of the base's weights; default: they stay whole in this process.
         weights: where they come from, if not from the files in `folder`.
     Raises:
@@ -228,6 +242,8 @@ def load_student(
     placement, weights = placement or Whole(), weights or WeightFiles(folder, name)
     form = four_bit_form(settings, dtype)
     by_parts = form is not None or placement.by_parts
+    if isinstance(placement, Streamed):
+        weights = Replaced(weights, placement.state)
     if by_parts:
         model = empty_model(config, attention, dtype, name)
     else:
@@ -244,6 +260,18 @@ def load_student(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.bidirectional:
         read_both_ways(model)
+    rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
+    alone = settings.mode == "alone"
+    if settings.tuning == "full":
+        if not by_parts:  # what is read part by part is to be looked at alone
+            model.requires_grad_(True)
+        return Student(model, rows, bias, None, settings.reads, alone, not alone)
+    return _with_lora(model, rows, bias, settings, rank, seed)
+
+
+def _with_lora(
+    model: nn.Module, rows: Tensor, bias: Tensor | None, settings: StudentConfig, rank: int, seed: int
+) -> Student:
     targets = settings.lora_target_modules or attention_targets(model)
     lora_r = settings.lora_r or rank
     lora = LoraConfig(
@@ -258,21 +286,15 @@ def load_student(
         model = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"student.lora_target_modules: {targets} do not fit ({one_line(error)})") from None
-    student = Student(
-        model,
-        rows.to(dtype),
-        None if bias is None else bias.to(dtype),
-        settings.encoder_module or default_encoder(targets),
-        settings.reads,
-        settings.mode == "alone",
-    )
+    encoder_module = settings.encoder_module or default_encoder(targets)
+    student = Student(model, rows, bias, encoder_module, settings.reads, settings.mode == "alone")
     initialise_lora(student, seed)
     return student
 
 
 def initialise_lora(student: Student, seed: int) -> None:
     """A ~ N(0, 0.01^2), B = 0; a tensor's values depend on the seed and its name alone, not on rank or world."""
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if ".lora_A." in name:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))

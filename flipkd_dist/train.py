@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from transformers import get_scheduler
 
-from flipkd_dist.adapter import AdapterCard, Probe, save_adapter
+from flipkd_dist.adapter import AdapterCard, Probe, save_adapter, save_tuned
 from flipkd_dist.ahead import ahead
 from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
-from flipkd_dist.meter import Meter, linear_weights
+from flipkd_dist.meter import OPERATIONS, Meter, linear_weights
 from flipkd_dist.metric_log import MetricLog
 from flipkd_dist.order import training_order
 from flipkd_dist.phases import ASIDE, PhaseClock
@@ -21,7 +21,7 @@ from flipkd_dist.progress import Progress
 from flipkd_dist.step import TrainingStep
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.teacher_stage import open_signals
-from flipkd_dist.verify import check_first_forward
+from flipkd_dist.verify import check_first_forward, first_moves
 from flipkd_dist.workbench import Workbench, build
 
 logger = logging.getLogger("flipkd_dist")
@@ -40,12 +40,12 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     clock = step.clock = PhaseClock.of(world.device)
     order, num_steps = training_order(config, signals.pairs.text_a, world.size)
     learning_rate = schedule(config, num_steps)
-    meter = Meter(world, clock, linear_weights(engine.student), bench.dtype)
+    meter = Meter(world, clock, linear_weights(engine.student), bench.dtype, OPERATIONS[config.student.tuning])
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
     batch = bench.make_batch(progress.probes[: config.train.pairs_per_forward])
-    check_first_forward(engine, world, batch, bench.load, config.train.verify)
+    check_first_forward(engine, world, batch, bench.load, config.train.verify, updated=first > 0)
     profiler = StepProfiler(inputs.folder.profile, world, config.train.profile, num_steps - first)
     with StopRequest(inputs.folder.stop).listening() as stop, profiler.listening():
         engine.student.train()
@@ -64,7 +64,8 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
                 profiler.finish_if_due()
                 if number == 0:
                     idle = idle_tensors(bench)
-                    log.check_first_update({name: v for name, v in engine.lora_state().items() if name not in idle})
+                    moves = first_moves(engine, world)
+                    log.check_first_update({name: move for name, move in moves.items() if name not in idle})
                 progress.save_if_due(number + 1, stopping)
             if stopping:
                 raise StoppedOnRequest(
@@ -80,7 +81,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
 
 
 def idle_tensors(bench: Workbench) -> set[str]:
-    """LoRA tensors that no loss reaches; texts encoded alone have nothing but their read-outs."""
+    """Trained tensors that no loss reaches; texts encoded alone have nothing but their read-outs."""
     config = bench.inputs.config
     answered = config.loss.sup_weight and config.student.mode == "pair"
     return set() if answered else bench.engine.student.behind_readouts()
@@ -124,7 +125,11 @@ def export_best(bench: Workbench, probes: list[tuple[str, str]], base_answers: l
         readout=config.student.reads,
         bidirectional=config.student.bidirectional,
     )
-    save_adapter(inputs.folder.adapter, student, best.weights(), inputs.tokenizer, card, idle_tensors(bench))
+    folder, state = inputs.folder.adapter, best.weights()
+    if card.tuning == "full":
+        save_tuned(folder, inputs.base_folder, state, inputs.encoder, card)
+    else:
+        save_adapter(folder, student, state, inputs.tokenizer, card, idle_tensors(bench))
     logger.info(
         "adapter/ holds step %d (%s %s); p(match) of its probe pair is %.3f, its base said %.3f",
         best.step,

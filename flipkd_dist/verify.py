@@ -1,4 +1,4 @@
-"""Before and after the first update: does the engine compute what the base's files and LoRA say, and does LoRA move?"""
+"""Before and after the first update: does the engine compute what the base's files say, and do trained tensors move?"""
 
 import logging
 import re
@@ -25,7 +25,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def check_first_forward(
-    engine: Engine, world: World, batch: PackedBatch, load: Callable[..., Student], verify: str = "always"
+    engine: Engine,
+    world: World,
+    batch: PackedBatch,
+    load: Callable[..., Student],
+    verify: str = "always",
+    updated: bool = True,
 ) -> None:
     """Compare the engine's outputs for `batch` on every rank with an unsharded forward on rank 0.
 
@@ -35,12 +40,15 @@ def check_first_forward(
         batch: the same on every rank.
         load: `load_student` with all its arguments but `placement`.
         verify: `train.verify`; "auto" checks a base that is in four bits, or sharded by ZeRO-3 over several ranks.
+        updated: whether trained tensors are others by now than `load` gives; those of the engine are taken then.
     Raises:
         RuntimeError: outputs differ; one line with the figures, on every rank.
     """
     if not _wanted(engine, world, verify):
         return
-    student, state = engine.student, engine.lora_state()
+    student = engine.student
+    # Rank 0 alone needs them, and with full tuning they are the whole model.
+    state = {name: value for name, value in engine.each_trained() if world.is_main} if updated else {}
     training = student.training
     student.eval()
     with torch.no_grad():
@@ -77,7 +85,8 @@ def _verdict(
     try:
         # Loading draws random numbers, of which dropout must not be robbed: resuming is exact.
         with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-            expected = _reference(load(placement=Streamed(world.device)), student, state, world, batch)
+            reference = load(placement=Streamed(world.device, state))
+            expected = _reference(reference, student, state, world, batch)
     except UserError as error:
         return error
     except torch.OutOfMemoryError:
@@ -103,21 +112,35 @@ def _verdict(
 def _reference(
     reference: Student, student: Student, state: dict[str, Tensor], world: World, batch: PackedBatch
 ) -> list[np.ndarray]:
-    """Outputs of `reference` with the engine's LoRA tensors."""
-    dtypes = {name: parameter.dtype for name, parameter in student.lora_parameters().items()}
-    for name, parameter in reference.lora_parameters().items():
-        parameter.data = state[name].to(world.device, dtypes[name])
-    reference.answer_rows = reference.answer_rows.to(world.device)
-    if reference.answer_bias is not None:
-        reference.answer_bias = reference.answer_bias.to(world.device)
+    """Outputs of `reference` with the engine's trained tensors, as far as they are in `state`."""
+    dtypes = {name: parameter.dtype for name, parameter in student.trained_parameters().items()}
+    for name, parameter in reference.trained_parameters().items():
+        parameter.data = state.get(name, parameter.data).to(world.device, dtypes[name])
+    for value in (reference.answer_rows, reference.answer_bias):
+        if value is not None:
+            value.data = value.data.to(world.device)
     return [value.float().cpu().numpy() for value in reference.eval()(**batch.tensors(world.device))]
 
 
-def unmoved_layers(state: dict[str, Tensor]) -> list[int]:
-    """Numbers of the layers all of whose LoRA-B tensors are still zero, as before the first update."""
+def first_moves(engine: Engine, world: World) -> dict[str, float]:
+    """Squared norms of what is zero before the first update and must not be after it, by name of the trained tensor.
+
+    That is every LoRA-B; with full tuning the first moment of every tensor. Every rank must call it.
+    """
+    names = list(engine.shapes())
+    of_lora = [name for name in names if ".lora_B." in name]
+    names, kind = (of_lora, "weight") if of_lora else (names, "exp_avg")
+    slices = engine.slices()
+    own = [slices[name].values[kind].double().square().sum().item() if name in slices else 0.0 for name in names]
+    total = world.sum(torch.tensor(own, dtype=torch.float64, device=world.device))
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def unmoved_layers(moves: dict[str, float]) -> list[int]:
+    """Numbers of the layers of whose tensors none has moved; `moves` as from `first_moves`."""
     moved: dict[int, bool] = {}
-    for name, value in state.items():
-        if ".lora_B." in name:
-            layer = int(re.search(r"\.(\d+)\.", name).group(1))
-            moved[layer] = moved.get(layer, False) or bool(value.any())
+    for name, square in moves.items():
+        if number := re.search(r"\.(\d+)\.", name):
+            layer = int(number.group(1))
+            moved[layer] = moved.get(layer, False) or square > 0
     return sorted(layer for layer, has_moved in moved.items() if not has_moved)

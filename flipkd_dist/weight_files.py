@@ -69,6 +69,22 @@ class WeightFiles:
         )
 
 
+class Replaced:
+    """Weights some of which are others now, in memory."""
+
+    def __init__(self, weights: Weights, state: dict[str, Tensor]):
+        self.weights, self.state = weights, state
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.state or name in self.weights
+
+    def read(self, name: str) -> Tensor:
+        return self.state[name] if name in self.state else self.weights.read(name)
+
+    def rows(self, name: str, rows: list[int]) -> Tensor:
+        return self.state[name][rows] if name in self.state else self.weights.rows(name, rows)
+
+
 def _names(path: Path) -> Iterable[str]:
     with safe_open(path, framework="pt") as tensors:
         return list(tensors.keys())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flipkd_dist.adapter import load_weights
+from flipkd_dist.adapter import WEIGHTS, load_weights
 from flipkd_dist.base_loader import Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import RunConfig
@@ -42,8 +42,8 @@ class Workbench:
         )
 
 
-def build(config: RunConfig, weights: Path | None = None) -> Workbench:
-    """config -> data and teacher -> student -> engine; `weights` is a file of LoRA tensors to start from."""
+def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
+    """config -> data and teacher -> student -> engine; `adapter` is a folder of trained weights to start from."""
     use_gpu = torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
     world = join_world(use_gpu, config.distributed.timeout_s)
     if not world.is_main:
@@ -51,6 +51,7 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
     inputs = check_inputs(config)
     bf16 = use_gpu and torch.cuda.is_bf16_supported() if config.train.bf16 == "auto" else config.train.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
+    check_tuning(config, bf16)
     ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
         prepare_deepspeed(use_gpu)
@@ -58,9 +59,10 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:
         raise UserError("distributed.deepspeed is null, which trains on one worker: name a file or start one process")
+    tuned = adapter is not None and config.student.tuning == "full"
     load = partial(
         load_student,
-        inputs.base_folder,
+        adapter if tuned else inputs.base_folder,
         config.student,
         inputs.encoder.answer_ids,
         inputs.lora_rank,
@@ -69,8 +71,8 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
         config.train.gradient_checkpointing,
     )
     student = load(placement=placement)
-    if weights is not None:
-        load_weights(student, weights)
+    if adapter is not None and not tuned:
+        load_weights(student, adapter / WEIGHTS)
     make_optimizer = partial(torch.optim.AdamW, lr=0.0, weight_decay=config.train.weight_decay)
     torch.manual_seed(config.seed * 1000 + world.rank)  # dropout differs between ranks
     if ds_config is None:
@@ -81,3 +83,21 @@ def build(config: RunConfig, weights: Path | None = None) -> Workbench:
     layout = "what pairs share is computed once" if make_batch.share_prefix else "one pair a row, padded"
     logger.info("attention: %s, %s", "eager" if config.student.attn_implementation == "eager" else "sdpa", layout)
     return Workbench(inputs, world, engine, make_batch, dtype, load)
+
+
+def check_tuning(config: RunConfig, bf16: bool) -> None:
+    """What full tuning cannot have, and which settings of LoRA it leaves aside.
+
+    Raises:
+        UserError
+    """
+    if config.student.tuning != "full":
+        return
+    if bf16 and config.distributed.deepspeed is None:
+        raise UserError(
+            "student.tuning: full in bf16 needs the fp32 master weights that DeepSpeed keeps: name a file in "
+            "distributed.deepspeed, or set train.bf16 to false"
+        )
+    for key in ("lora_r", "lora_alpha", "lora_target_modules", "encoder_module"):
+        if getattr(config.student, key) is not None:
+            logger.warning("warning: student.%s does not apply: with student.tuning: full there is no LoRA", key)

@@ -143,7 +143,7 @@ def save_student(folder: Path, family: str = "glm", seed: int = 0, **changes) ->
 
 
 def started_student(
-    folder: Path, max_length: int = 120, rank: int = 8, placement=None, **settings
+    folder: Path, max_length: int = 120, rank: int | None = 8, placement=None, **settings
 ) -> tuple[Student, PairEncoder | TextEncoder]:
     """The student in `folder` as in the middle of training: B is not zero any more; `settings` of StudentConfig."""
     student_settings = StudentConfig(**{"model_name_or_path": "tiny", "lora_dropout": 0.0, **settings})
@@ -152,10 +152,10 @@ def started_student(
     encoder = student_encoder(load_tokenizer(folder), mode, PROMPTS[mode], ["yes", "no"], max_length, blank)
     student = load_student(folder, student_settings, encoder.answer_ids, rank, placement=placement)
     generator = torch.Generator().manual_seed(5)
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if ".lora_B." in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        else:
+        elif ".lora_A." in name:
             parameter.data.mul_(10)
     return student, encoder
 

@@ -129,7 +129,7 @@ def main() -> None:
     )
     model = get_peft_model(model, lora)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    initialise_lora(SimpleNamespace(lora_parameters=lambda: weights), spec.seed)
+    initialise_lora(SimpleNamespace(trained_parameters=lambda: weights), spec.seed)
     clock.count_computed(model.get_input_embeddings())
     clock.count_real(model.get_base_model().model)
     pairs = features(inputs.encoder, spec.pairs())

@@ -29,7 +29,7 @@ def train_and_save(folder, target):
     logits, *_ = engine.forward(**make_batch(TEXTS[world.rank :: world.size]).tensors("cpu"))
     engine.backward(logits[:, 0].sum(), last=True)
     engine.step(0.05)
-    state = engine.lora_state()
+    state = engine.trained_state()
     if world.is_main:
         save_adapter(target, engine.student, state, encoder.tokenizer, CARD)
     return before, scores()

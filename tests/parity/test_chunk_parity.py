@@ -27,6 +27,7 @@ from flipkd_dist.step import SUMS, TrainingStep
 from flipkd_dist.world import World
 
 pytestmark = pytest.mark.parity
+SGD_RATE = 0.5
 OF_PACKING = ("tokens", "padded_tokens", "unpacked_tokens")  # each chunk is a pack of its own
 
 
@@ -50,7 +51,7 @@ def record(engine) -> dict:
     def count(key):
         return lambda *_: seen.update({key: seen[key] + 1})
 
-    engine.student.model.get_base_model().base_model.norm.register_forward_hook(count("norms"))  # behind all layers
+    engine.student.causal_lm.base_model.norm.register_forward_hook(count("norms"))  # behind all layers
     if hasattr(engine, "engine"):
         zero = engine.engine.optimizer
         reduce = zero.reduce_independent_p_g_buckets_and_remove_grads
@@ -99,10 +100,10 @@ def train(
         result["counts"].append(counts.numpy())
         result["sums"].append(world.sum(step.backward(micro_steps, counts)).numpy())
         result["gradients"].append({name: value.numpy() for name, value in engine.gradients().items()})
-        result["norms"].append(engine.step(0.5 if optimizer is SGD else 1e-3))
+        result["norms"].append(engine.step(SGD_RATE if optimizer is SGD else 1e-3))
         chunked = [micro for micro in micro_steps if isinstance(micro, ChunkedMicroStep)]
         result["chunks"].append([[part.stop - part.start for part in micro.chunks] for micro in chunked])
-    result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
+    result["weights"] = {name: value.numpy() for name, value in engine.trained_state().items()}
     if stage == 3:
         result["zero3"] = left_by_zero3(engine)
     return result

@@ -76,7 +76,7 @@ def update_score_update(folder, stage):
         found = student_scores(engine.student, World.current(), make_batch, texts, BATCH_SIZE, forward=engine.forward)
         scores.append(np.stack(found))
     assert engine.student.training
-    return scores, {name: value.numpy() for name, value in engine.lora_state().items()}
+    return scores, {name: value.numpy() for name, value in engine.trained_state().items()}
 
 
 def test_training_goes_on_after_scoring(folder):

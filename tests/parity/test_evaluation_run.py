@@ -60,7 +60,7 @@ def scores_by_hand(config: RunConfig, weights: dict | None) -> dict[str, np.ndar
     """p(match) and cosine of each split's pairs [2, N] by a plain student with these LoRA tensors; None: as loaded."""
     inputs = check_inputs(config)
     student = load_student(inputs.base_folder, config.student, inputs.encoder.answer_ids, inputs.lora_rank, config.seed)
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         if weights is not None:
             parameter.data.copy_(weights[name])
     make_batch = BatchMaker(inputs.encoder, student, inputs.share_prefix)

@@ -48,7 +48,7 @@ def train(engine, encoder):
         counts, sums, _ = step(step.prepare(order.contrast_batches(number)), 0.1)
         summary = summarise(counts, world.sum(sums), LOSS)
         losses.append([summary[key] for key in ("loss", "loss_sup", "loss_dist", "loss_mcl")])
-    return losses, {name: value.numpy() for name, value in engine.lora_state().items()}
+    return losses, {name: value.numpy() for name, value in engine.trained_state().items()}
 
 
 def train_ours(folder, stage, **settings):
@@ -72,8 +72,8 @@ def train_by_others(folder, **settings):
     student = Student(get_peft_model(model, lora), rows, None, "q_proj")
     kinds = {type(module).__module__ for module in student.modules() if type(module).__name__ == "Linear4bit"}
     assert kinds == {"bitsandbytes.nn.modules", "peft.tuners.lora.bnb"}
-    for name, parameter in student.lora_parameters().items():
-        parameter.data.copy_(started.lora_parameters()[name])
+    for name, parameter in student.trained_parameters().items():
+        parameter.data.copy_(started.trained_parameters()[name])
     return train(PlainEngine(student, SGD, 0.0), encoder)
 
 
@@ -160,5 +160,5 @@ def test_the_five_steps_do_not_hide_a_layer(folder):
     """A parity of losses is worth something only where every layer's LoRA matters: all tensors move."""
     [(_, state)] = run_gang(1, train_ours, folder, 0)
     started, _ = started_student(Path(folder), rank=16)
-    for name, parameter in started.lora_parameters().items():
+    for name, parameter in started.trained_parameters().items():
         assert np.abs(state[name] - parameter.detach().numpy()).max() > 1e-4, name

@@ -53,7 +53,7 @@ def steps(folder, measured: bool) -> tuple[list, dict, dict]:
     order = Order(len(pairs), PAIRS, 2, seed=3)
     found = [step(step.prepare(order.contrast_batches(number)), 0.5) for number in range(2)]
     sums = [(counts.tolist(), sums.tolist(), norm) for counts, sums, norm in found]
-    return sums, {name: value.numpy() for name, value in engine.lora_state().items()}, clock.take()
+    return sums, {name: value.numpy() for name, value in engine.trained_state().items()}, clock.take()
 
 
 def test_the_clock_changes_no_bit(tmp_path):

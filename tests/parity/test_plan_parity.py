@@ -103,7 +103,7 @@ def measure(folder, stage, zero, dtype, checkpointing, settings, num_pairs) -> d
         found["peak"] = live.peak
     frozen = [one for one in student.parameters() if not one.requires_grad]
     found["weights"] = storage_bytes([*everything_of(frozen), *scales(student)])
-    found["lora"] = storage_bytes(everything_of(student.lora_parameters().values()))
+    found["lora"] = storage_bytes(everything_of(student.trained_parameters().values()))
     found["optimizer"] = storage_bytes(optimizer_tensors(engine, stage))
     found["shape"] = tuple(batch.input_ids.shape)
     return found

@@ -99,9 +99,8 @@ def first_step_of_train(config: RunConfig) -> int:
 
 
 def adapter(config: RunConfig) -> dict[str, np.ndarray]:
-    return {
-        key: value.numpy() for key, value in load_file(config.run_dir / "adapter/adapter_model.safetensors").items()
-    }
+    [file] = (config.run_dir / "adapter").glob("*.safetensors")
+    return {key: value.numpy() for key, value in load_file(file).items()}
 
 
 def lines(config: RunConfig) -> list[dict]:

@@ -66,7 +66,7 @@ def scales(student, world):
         layer.state.absmax = layer.state.absmax.flip(0)
 
 
-def check(folder, stage, spoil=None, verify="always", others=None, share_prefix=True, **settings):
+def check(folder, stage, spoil=None, verify="always", others=None, share_prefix=True, updated=True, **settings):
     """The error, if any; the log; how often the base was read again; whether the student is in training again."""
     engine, encoder = start_engine(folder, stage, **settings)
     world, loads, lines = World.current(), [], []
@@ -82,7 +82,7 @@ def check(folder, stage, spoil=None, verify="always", others=None, share_prefix=
     engine.student.train()
     error = None
     try:
-        check_first_forward(engine, world, batch, load, verify)
+        check_first_forward(engine, world, batch, load, verify, updated)
     except (RuntimeError, UserError) as caught:
         error = f"{type(caught).__name__} {caught}"
     return error, lines, loads, engine.student.training

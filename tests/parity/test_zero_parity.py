@@ -46,13 +46,14 @@ def train(
     rate=0.5,
     loss=LOSS,
     teacher=of_vectors,
+    **settings,
 ):
     """Two updates, taught by `teacher(pairs)`.
 
     Losses, unclipped gradients of each, the weights at the end, and the shapes of the work.
     """
     world = World.current()
-    engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip)
+    engine, encoder = start_engine(folder, stage, optimizer, accumulation, clip, **settings)
     student = engine.student
     make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, 120))
     step = TrainingStep(engine, world, teacher(pairs), make_batch, loss)
@@ -69,7 +70,7 @@ def train(
         result["rows"].append([len(micro.directions[0].labels) for micro in micro_steps])
         result["kept"].append(counts[1].item())
         result["anchors"].append([int(micro.directions[0].anchor.sum()) for micro in micro_steps])
-    result["weights"] = {name: value.numpy() for name, value in engine.lora_state().items()}
+    result["weights"] = {name: value.numpy() for name, value in engine.trained_state().items()}
     if stage == 3:
         base = [parameter for parameter in student.parameters() if not parameter.requires_grad]
         result["base"] = (

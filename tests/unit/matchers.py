@@ -42,7 +42,7 @@ def saved_adapter(folder: Path, family: str = "glm", encoder_module: str = "q_pr
         bidirectional=student.bidirectional,
         probe=Probe(*PROBE, float(p_match), 0.0),
     )
-    state = {name: value.detach() for name, value in student.lora_parameters().items()}
+    state = {name: value.detach() for name, value in student.trained_parameters().items()}
     save_adapter(folder / "adapter", student, state, encoder.tokenizer, card)
     return folder / "adapter", student.eval(), encoder
 

@@ -23,7 +23,7 @@ TEXTS = pair_texts(pair_table(5))
 
 
 def lora_state(student) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in student.lora_parameters().items()}
+    return {name: value.detach().clone() for name, value in student.trained_parameters().items()}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_plain_peft_gives_the_same_answers(saved, tmp_path):
     scores = student_scores(student, World(), BatchMaker(encoder, student, True), TEXTS, 8)[0]
     np.testing.assert_allclose(plain_peft(tmp_path / "base", folder, TEXTS), scores, rtol=0, atol=1e-6)
     base, _ = started_student(tmp_path / "base")
-    for name, parameter in base.lora_parameters().items():
+    for name, parameter in base.trained_parameters().items():
         parameter.data.mul_(".lora_A." in name)
     untrained = student_scores(base, World(), BatchMaker(encoder, base, True), TEXTS, 8)[0]
     assert np.abs(untrained - scores).max() > 1e-3
@@ -49,11 +49,11 @@ def test_plain_peft_gives_the_same_answers(saved, tmp_path):
 def test_a_student_starts_from_the_saved_weights(saved, tmp_path):
     student, _, folder = saved
     other, _ = started_student(tmp_path / "base")
-    for parameter in other.lora_parameters().values():
+    for parameter in other.trained_parameters().values():
         parameter.data.zero_()
     load_weights(other, folder / WEIGHTS)
-    for name, value in student.lora_parameters().items():
-        assert torch.equal(other.lora_parameters()[name], value), name
+    for name, value in student.trained_parameters().items():
+        assert torch.equal(other.trained_parameters()[name], value), name
     assert AdapterCard.read(folder) == CARD
     assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
 

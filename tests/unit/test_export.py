@@ -56,7 +56,7 @@ def trained(folder, family="glm", dtype=torch.float32, settings=None, **changes)
     if dtype != torch.float32:
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
     student, encoder = started_student(base, lora_alpha=4.0, **settings)  # of rank 8: a scaling of one half
-    state = {name: value.detach().clone() for name, value in student.lora_parameters().items()}
+    state = {name: value.detach().clone() for name, value in student.trained_parameters().items()}
     [p_match], _ = student_scores(student, World(), BatchMaker(encoder, student, True), [("card", "pin")], 1)
     card = dataclasses.replace(
         CARD,

@@ -110,7 +110,7 @@ def outputs_and_gradients(student, batch):
     weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) for value in outputs]
     student.zero_grad()
     sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
-    return outputs, {name: parameter.grad.clone() for name, parameter in student.lora_parameters().items()}
+    return outputs, {name: parameter.grad.clone() for name, parameter in student.trained_parameters().items()}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -128,7 +128,7 @@ def test_padded_equals_alone(folder, implementation):
     student.zero_grad()
     weights = [torch.randn(value[:1].shape, generator=torch.Generator().manual_seed(7)) for value in student(**batch)]
     sum((value[:1] * weight).sum() for value, weight in zip(student(**batch), weights, strict=True)).backward()
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         assert gradients[name].norm() > 0, name
         assert (parameter.grad - gradients[name]).norm() / gradients[name].norm() < 1e-5, name
 
@@ -161,7 +161,7 @@ def test_two_steps_of_training(folder, checkpointing):
     step = TrainingStep(
         engine, World(), signals_of(pairs, unit_vectors(len(pairs.texts))), make_batch, LossConfig(mcl_weight=1.0)
     )
-    before = engine.lora_state()
+    before = engine.trained_state()
     for number in range(2):
         micro_steps = step.prepare(Order(16, 8, 1, seed=3).contrast_batches(number))
         counts = step.counts(micro_steps)
@@ -170,7 +170,7 @@ def test_two_steps_of_training(folder, checkpointing):
         assert all(torch.isfinite(value).all() and value.norm() > 0 for value in gradients.values())
         engine.step(0.05)
     assert {name.rsplit(".", 4)[1] for name in before} == {"query_key_value"} and len(before) == 4
-    for name, value in engine.lora_state().items():
+    for name, value in engine.trained_state().items():
         assert not torch.equal(value, before[name]), name
 
 
@@ -186,7 +186,7 @@ def test_the_adapter_in_plain_peft_and_in_prediction(tmp_path, folder):
         encoder_module="query_key_value",
         probe=Probe(*texts[0], float(scores[0]), 0.0),
     )
-    save_adapter(tmp_path / "adapter", student, {n: p.detach() for n, p in student.lora_parameters().items()},
+    save_adapter(tmp_path / "adapter", student, {n: p.detach() for n, p in student.trained_parameters().items()},
                  encoder.tokenizer, card)  # fmt: skip
     found, cosine = Matcher(tmp_path / "adapter").predict(texts)
     np.testing.assert_allclose(found, scores, rtol=0, atol=1e-6)

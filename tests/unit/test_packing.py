@@ -36,7 +36,7 @@ def outputs_and_gradients(student, batch):
     weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) for value in outputs]
     student.zero_grad()
     sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in student.lora_parameters().items()}
+    gradients = {name: parameter.grad.clone() for name, parameter in student.trained_parameters().items()}
     return outputs, gradients
 
 

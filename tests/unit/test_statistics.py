@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from statistics_cases import comparison_of, labelled, noisy_runs, pair_splits, two_rows
 from scipy import stats
+from statistics_cases import comparison_of, labelled, noisy_runs, pair_splits, two_rows
 
 from flipkd_dist.comparison import METRICS, READINGS, REFERENCE, Comparison, Results, RowResult, RowScores, RunScores
 from flipkd_dist.errors import UserError

@@ -70,13 +70,13 @@ def test_read_outs_have_a_gradient(tmp_path):
     weights = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
     _, a, b = run(student, encoder, [pair])
     (weights * torch.cat([a, b])).sum().backward()
-    found = {name: parameter.grad for name, parameter in student.lora_parameters().items()}
+    found = {name: parameter.grad for name, parameter in student.trained_parameters().items()}
     student.zero_grad(set_to_none=True)
     projection.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
     student.model(input_ids=torch.tensor([encoder.prefix + pair.ids]))
     tokens = inputs[0][0, len(encoder.prefix) :] @ projection.lora_A["default"].weight.T
     (weights * torch.stack([tokens[pair.text_a].mean(0), tokens[pair.text_b].mean(0)])).sum().backward()
-    expected = {name: parameter.grad for name, parameter in student.lora_parameters().items()}
+    expected = {name: parameter.grad for name, parameter in student.trained_parameters().items()}
     with_gradient = [name for name, value in expected.items() if value is not None]
     assert any("layers.1.self_attn.q_proj.lora_A" in name for name in with_gradient) and len(with_gradient) == 9
     for name in with_gradient:
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         outputs = run(student.train(), encoder, [encoder.encode(*texts) for texts in TEXTS])
         weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for value in outputs]
         sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
-        results.append({name: parameter.grad for name, parameter in student.lora_parameters().items()})
+        results.append({name: parameter.grad for name, parameter in student.trained_parameters().items()})
         assert len(passes) == 1 + checkpointing
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():
@@ -122,7 +122,7 @@ def settings(**changes) -> StudentConfig:
 
 def fresh_lora(folder, seed=0, rank=8, **changes) -> dict[str, torch.Tensor]:
     student = load_student(folder, settings(**changes), [5, 6], rank, seed)
-    return {name: parameter.detach() for name, parameter in student.lora_parameters().items()}
+    return {name: parameter.detach() for name, parameter in student.trained_parameters().items()}
 
 
 def test_fresh_lora(tmp_path):
@@ -152,9 +152,9 @@ def test_lora_alone_is_trainable_and_of_the_given_rank(tmp_path):
         student = load_student(folder, settings(**changes), [5, 6], 8)
         trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         assert trainable == {name for name, _ in student.named_parameters() if ".lora_" in name}
-        assert {f"model.{name}" for name in student.lora_parameters()} == trainable
-        assert {p.shape[0] for name, p in student.lora_parameters().items() if ".lora_A." in name} == {rank}
-        assert {p.shape[1] for name, p in student.lora_parameters().items() if ".lora_B." in name} == {rank}
+        assert {f"model.{name}" for name in student.trained_parameters()} == trainable
+        assert {p.shape[0] for name, p in student.trained_parameters().items() if ".lora_A." in name} == {rank}
+        assert {p.shape[1] for name, p in student.trained_parameters().items() if ".lora_B." in name} == {rank}
         assert last_queries(student).scaling["default"] == changes.get("lora_alpha", rank) / rank
 
 
@@ -193,7 +193,7 @@ def test_read_outs_of_hidden_states(tmp_path, family, reads):
     assert student.readout_width == outputs[1].shape[1] == 48
     weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for value in outputs]
     sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
-    found = {name: parameter.grad.clone() for name, parameter in student.lora_parameters().items()}
+    found = {name: parameter.grad.clone() for name, parameter in student.trained_parameters().items()}
     student.zero_grad()
     student.behind_attention = []  # every position
     hidden = []
@@ -211,7 +211,7 @@ def test_read_outs_of_hidden_states(tmp_path, family, reads):
     for value, one in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-5)
     sum((value * weight).sum() for value, weight in zip(wanted, weights, strict=True)).backward()
-    for name, parameter in student.lora_parameters().items():
+    for name, parameter in student.trained_parameters().items():
         assert (found[name] - parameter.grad).norm() / parameter.grad.norm() < 1e-5, name
 
 
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_of_texts_alone(tmp_path, reads):
             student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         logits, a, b = student.train()(**BatchMaker(encoder, student, True)(TEXTS).tensors("cpu"))
         (logits[:, 0].sum() + (a * b).sum()).backward()
-        gradients.append({name: parameter.grad for name, parameter in student.lora_parameters().items()})
+        gradients.append({name: parameter.grad for name, parameter in student.trained_parameters().items()})
     assert sum(bool(value.norm()) for value in gradients[0].values()) == (9 if reads == "lora_a" else 16)
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-7)

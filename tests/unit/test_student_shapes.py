@@ -42,9 +42,9 @@ def test_a_fused_projection_is_adapted_and_read(tmp_path, monkeypatch, family):
     path, config = FUSED[family]
     module = path.split(".")[1]
     student, encoder = started_student(save(tmp_path, monkeypatch, family, config))
-    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in student.lora_parameters()}
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in student.trained_parameters()}
     assert adapted == {module} == {student.encoder_module}
-    assert len(student.lora_parameters()) == 2 * 2  # layers, A and B
+    assert len(student.trained_parameters()) == 2 * 2  # layers, A and B
     [last] = [layer for name, layer in student.model.named_modules() if name.endswith(f"1.{path}")]
     inputs = []
     last.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))

@@ -31,8 +31,8 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_options_without_effect(case):
-    given, said = CONTRADICTIONS[case]
-    with pytest.raises(UserError, match=said), located(EncoderChoice(**given)):
+    given, message = CONTRADICTIONS[case]
+    with pytest.raises(UserError, match=message), located(EncoderChoice(**given)):
         pass
 
 

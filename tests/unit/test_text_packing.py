@@ -32,7 +32,7 @@ def outputs_and_gradients(student, outputs):
     weights = [torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) for value in outputs]
     student.zero_grad()
     sum((value * weight).sum() for value, weight in zip(outputs, weights, strict=True)).backward()
-    return {name: parameter.grad for name, parameter in student.lora_parameters().items()}
+    return {name: parameter.grad for name, parameter in student.trained_parameters().items()}
 
 
 def plain_vector(student, encoder, text, reads, bidirectional):
