@@ -130,7 +130,7 @@ class Table:
         results = compare_rows(comparison)
         write_json(folder / INDEX, {**read_json(folder / INDEX), "results": results.as_dict()})
         comparison_report.write(folder, comparison, results, self._flip(), self._failures())
-        print(statistics.table(results))
+        print(table(results))
         print(f"\ncomparison folder: {folder}\nreport:            {folder / 'report.html'}")
         tracker = RunLogger(tracking_uri(self.config), (read_json(folder / RUN_FILE) or {}).get("run_id"))
         tracker.metrics(

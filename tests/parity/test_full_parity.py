@@ -120,7 +120,7 @@ def test_kill_9_and_go_on(prepared, undisturbed):  # noqa: F811
 
 @pytest.mark.parametrize(("before", "after"), [((2, 3), (1, 0)), ((1, 0), (2, 2))])
 def test_other_workers_and_other_stages(prepared, before, after):  # noqa: F811
-    """Up to rounding, which AdamW makes more of: elements that hardly have a gradient take whole steps."""
+    """Up to rounding. AdamW makes whole steps of it where there is hardly a gradient: a key's bias is left out."""
     settled = full_config(prepared, f"full-whole-{before[0]}", *before)
     run_gang(before[0], train, settled)
     moved = full_config(prepared, f"full-moved-{before[0]}", *before)
@@ -129,7 +129,7 @@ def test_other_workers_and_other_stages(prepared, before, after):  # noqa: F811
     assert resume(moved, after[0]) == 4
     found, wanted = adapter(moved), adapter(settled)
     assert found.keys() == wanted.keys()
-    for name in wanted:
+    for name in (name for name in wanted if not name.endswith("k_proj.bias")):
         assert np.linalg.norm(found[name] - wanted[name]) < 1e-4 * np.linalg.norm(wanted[name]), name
 
 
@@ -156,6 +156,7 @@ def test_the_folder_answers_as_the_training_did(undisturbed, workers):
     np.testing.assert_allclose(Matcher(folder).predict(texts)[0], expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(plain_answers(folder, texts)[0], expected, rtol=0, atol=1e-5)
     config = undisturbed.model_copy(deep=True)
+    config.train.per_device_train_batch_size = 8 // workers
     config.distributed.num_workers = workers
     run_gang(workers, evaluate, config)
     written = (undisturbed.run_dir / "predictions-validation.jsonl").read_text().splitlines()

@@ -100,14 +100,14 @@ def first_step_of_train(config: RunConfig) -> int:
 
 def adapter(config: RunConfig) -> dict[str, np.ndarray]:
     [file] = (config.run_dir / "adapter").glob("*.safetensors")
-    return {key: value.numpy() for key, value in load_file(file).items()}
+    return {key: value.float().numpy() for key, value in load_file(file).items()}
 
 
 def lines(config: RunConfig) -> list[dict]:
     """metrics.jsonl without what the clock says."""
     text = (config.run_dir / "metrics.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a kill may leave half a line
-    by_the_clock = ("per_second", "seconds", "_4n", "peak_memory")
+    by_the_clock = ("per_second", "seconds", "_4n", "_6n", "peak_memory")
     return [
         {key: value for key, value in line.items() if not any(part in key for part in by_the_clock)} for line in found
     ]

@@ -45,7 +45,7 @@ def test_every_row_changes_just_what_its_name_says():
         "lora_sup": sup,
         "arccse": baseline | {"loss.dist_weight", "loss.threshold"},
         "kdmcse": baseline | {"loss.dist_weight"},
-        "infonce": {"loss.contrastive", "loss.temperature"},
+        "infonce": {"loss.contrastive", "loss.margin"},
         "flip": set(),
         "no_mcl": {"loss.mcl_weight"},
         "no_dist": {"loss.dist_weight"},

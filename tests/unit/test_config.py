@@ -348,3 +348,16 @@ def test_run_dir_knows_the_home_folder(monkeypatch):
 @pytest.mark.parametrize(("mini", "pairs"), [("null", 32), ("8", 8), ("32", 32), ("100", 32)])
 def test_pairs_of_a_forward(named, mini, pairs):
     assert load_config(named, [f"train.mini_batch_size={mini}"]).train.pairs_per_forward == pairs
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["student.load_in_4bit=true"], "tuning: full moves every weight, load_in_4bit freezes them"),
+        (["student.readout=lora_a"], "readout: lora_a needs tuning: lora"),
+    ],
+)
+def test_full_tuning_does_not_go_with_lora_or_four_bits(named, others, message):
+    assert load_config(named, ["student.tuning=full"]).student.reads == "mean"
+    with pytest.raises(UserError, match=message):
+        load_config(named, ["student.tuning=full", *others])
