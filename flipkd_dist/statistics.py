@@ -8,13 +8,10 @@ Shapes: N pairs of the test split, n of them in a table; k checkpoints of a run,
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import ttest_rel
 
-from flipkd_dist.bootstrap import difference, draw, interval, resampled_metrics, two_sided_p
 from flipkd_dist.comparison import (
     METRICS,
     READINGS,
@@ -30,8 +27,11 @@ from flipkd_dist.comparison import (
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import binary_metrics, parts_by_kind, thresholds_from
 from flipkd_dist.pairs import PairTable
+from flipkd_dist.significance import difference, draw, holm, interval, paired_t_test, resampled_metrics, two_sided_p
 
 logger = logging.getLogger("flipkd_dist")
+HEADLINES = {"p_match": "p(match)", "similarity": "similarity of the read-outs"}
+WIDTH = 28  # of a row's title
 DECIDING_SEEDS = 3  # from so many common seeds on, the t-test has its say
 
 
@@ -194,22 +194,39 @@ def common_seeds(row: _Answers, reference: _Answers, metric: str) -> tuple[list[
     return [mine[seed] for seed in seeds], [theirs[seed] for seed in seeds]
 
 
-def paired_t_test(row: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Two-tailed p; None with fewer than two pairs of values, or where all differ by the same."""
-    if len(row) < 2 or np.ptp(np.subtract(row, reference)) < 1e-12:
-        return None
-    return float(ttest_rel(row, reference).pvalue)
+def table(results: Results) -> str:
+    """Fixed-width text for a terminal: a block for every table, reading and metric.
 
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Each p-value, corrected for the number of them; None stays None and does not count.
-
-    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    Pairs without the hard non-matches come first.
     """
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[place] = largest
-    return corrected
+    blocks: dict[tuple[str, str, str], list[RowResult]] = {}
+    for found in results.rows:
+        for metric in METRICS:
+            if metric in found.metrics:
+                blocks.setdefault((found.split, found.reading, metric), []).append(found)
+    parts = []
+    for (split, reading, metric), rows in blocks.items():
+        parts.append(
+            f"{f'{split}, {HEADLINES[reading]}':<{WIDTH + 14}}{'mean':>8}{'sd':>8}{'difference':>12}"
+            f"{'95 % interval':>20}{'p':>8}  verdict"
+        )
+        parts += [f"{_cut(row.title):<{WIDTH}}  {metric:<12}{_line(row.metrics[metric])}".rstrip() for row in rows]
+        parts.append("")
+    parts.append(
+        f"difference: from {results.reference}. p: two-sided, corrected for the number of rows; below "
+        f"{results.alpha:g} a row is better or worse."
+    )
+    return "\n".join(parts)
+
+
+def _cut(title: str) -> str:
+    return title if len(title) <= WIDTH else f"{title[: WIDTH - 1]}…"
+
+
+def _line(value: MetricResult) -> str:
+    sd = "-" if value.std is None else f"{value.std:.4f}"
+    text = f"{value.mean:>8.4f}{sd:>8}"
+    if value.verdict is None:
+        return text
+    interval = f"{value.low:+.4f} {value.high:+.4f}"
+    return f"{text}{value.difference:>+12.4f}{interval:>20}{value.p_corrected:>8.4f}  {value.verdict}"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from gang import run_gang
 from tiny import fill_store, save_student, save_teacher, write_pairs
 
@@ -68,6 +69,17 @@ def scores_by_hand(config: RunConfig, weights: dict | None) -> dict[str, np.ndar
         split: np.stack(student_scores(student, World(), make_batch, pair_texts(inputs.splits[split]), 64))
         for split in ("validation", "test")
     }
+
+
+@torch.no_grad()
+def matrix_by_hand(config: RunConfig) -> np.ndarray:
+    """Cosines of the matching test pairs' first texts (rows) with their second texts, by the untrained student."""
+    inputs = check_inputs(config)
+    student = load_student(inputs.base_folder, config.student, inputs.encoder.answer_ids, inputs.lora_rank, config.seed)
+    texts, chosen = pair_texts(inputs.splits["test"]), matrix_pairs(inputs.splits["test"])
+    batch = BatchMaker(inputs.encoder, student, inputs.share_prefix)([texts[pair] for pair in chosen])
+    _, first, second = student.eval()(**batch.tensors("cpu"))
+    return torch.cosine_similarity(first[:, None], second[None], dim=2).numpy()
 
 
 def stored(config: RunConfig) -> dict[tuple[str, int], np.ndarray]:
@@ -140,7 +152,9 @@ def test_the_untrained_base_is_scored_as_it_is(tmp_path):
         np.testing.assert_allclose(table[split, 0], scores, atol=2e-5)
     metrics = json.loads((config.run_dir / "metrics.json").read_text())
     assert metrics["step"] == 0 and "test_checkpoints" not in metrics and metrics["test"]["student"]["num_pairs"] == 20
-    assert read_matrix(config.run_dir).student.shape == (11, 11)
+    matrix, wanted = read_matrix(config.run_dir), matrix_by_hand(config)
+    assert matrix.student.shape == (11, 11) and np.abs(wanted - wanted.T).max() > 1e-3
+    np.testing.assert_allclose(matrix.student, wanted, atol=2e-5)
 
 
 def test_fewer_checkpoints_than_asked_for_are_averaged_and_it_is_said(tmp_path, caplog):

@@ -11,8 +11,7 @@ from statistics_cases import comparison_of, labelled, noisy_runs, pair_splits, t
 from flipkd_dist.comparison import METRICS, READINGS, REFERENCE, Comparison, Results, RowResult, RowScores, RunScores
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import best_threshold, binary_metrics, hard_negatives
-from flipkd_dist.result_table import table
-from flipkd_dist.statistics import compare_rows, holm, paired_t_test, run_thresholds
+from flipkd_dist.statistics import compare_rows, run_thresholds, table
 
 SIZES = {"validation": 60, "test": 80}
 
@@ -141,20 +140,6 @@ def test_both_tests_must_agree_from_three_seeds_on():
         results = compare_rows(two_rows(pairs, base[:count], lucky[:count]), resamples=1000)
         value = row(results, "flip").metrics["roc_auc"]
         assert value.p_pairs < 0.01 < value.p_seeds and value.verdict == verdict
-
-
-def test_the_t_test_on_known_numbers():
-    row_values, reference = [0.71, 0.74, 0.735, 0.72], [0.70, 0.72, 0.73, 0.715]
-    differences = np.subtract(row_values, reference)
-    t = differences.mean() / (differences.std(ddof=1) / 2)
-    assert paired_t_test(row_values, reference) == pytest.approx(2 * stats.t.sf(t, df=3))
-    assert paired_t_test([0.7], [0.6]) is None
-    assert paired_t_test([0.7, 0.8], [0.6, 0.7]) is None  # the same difference twice
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, None, 0.4]) == [0.8, None, 0.8] and holm([None]) == [None] and holm([]) == []
 
 
 def test_runs_that_do_not_depend_on_a_seed_and_readings_that_are_not_there():

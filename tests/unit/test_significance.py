@@ -1,11 +1,12 @@
-"""Metrics of resamples against scikit-learn on the drawn pairs themselves, ties and thresholds included."""
+"""Metrics of resamples against scikit-learn on the drawn pairs themselves, ties included; the tests by hand."""
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from flipkd_dist import bootstrap
-from flipkd_dist.bootstrap import difference, draw, interval, resampled_metrics, two_sided_p
+from flipkd_dist import significance
+from flipkd_dist.significance import difference, draw, holm, interval, paired_t_test, resampled_metrics, two_sided_p
 
 
 def cases(num_pairs: int = 60, scorers: int = 3, digits: int = 1, seed: int = 0):
@@ -18,8 +19,8 @@ def cases(num_pairs: int = 60, scorers: int = 3, digits: int = 1, seed: int = 0)
 
 @pytest.mark.parametrize("digits", [0, 1, 8])
 def test_metrics_are_those_of_the_drawn_pairs(monkeypatch, digits):
-    monkeypatch.setattr(bootstrap, "CHUNK", 7)  # so that pairs and resamples come in several parts
-    monkeypatch.setattr(bootstrap, "BLOCK", 11)
+    monkeypatch.setattr(significance, "CHUNK", 7)  # so that pairs and resamples come in several parts
+    monkeypatch.setattr(significance, "BLOCK", 11)
     labels, scores, thresholds, share = cases(digits=digits)
     assert digits > 1 or len(np.unique(scores)) < 12  # ties
     counts = draw(len(labels), 20, 3)
@@ -75,3 +76,17 @@ def test_scorers_of_one_distribution_differ_as_often_as_alpha_says(metric):
         found = [resampled_metrics(one, np.array([0.4]), np.ones(1), labels, counts)[metric] for one in scores]
         called += two_sided_p(difference(*found)) < 0.1
     assert 0.05 < called / trials < 0.15
+
+
+def test_the_t_test_on_known_numbers():
+    row_values, reference = [0.71, 0.74, 0.735, 0.72], [0.70, 0.72, 0.73, 0.715]
+    differences = np.subtract(row_values, reference)
+    t = differences.mean() / (differences.std(ddof=1) / 2)
+    assert paired_t_test(row_values, reference) == pytest.approx(2 * stats.t.sf(t, df=3))
+    assert paired_t_test([0.7], [0.6]) is None
+    assert paired_t_test([0.7, 0.8], [0.6, 0.7]) is None  # the same difference twice
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, None, 0.4]) == [0.8, None, 0.8] and holm([None]) == [None] and holm([]) == []

@@ -1,4 +1,4 @@
-"""Metrics of many resamples of the same pairs at once: what a paired bootstrap over test pairs is made of.
+"""The paired bootstrap over test pairs, the paired t-test over seeds, and the correction for many rows.
 
 A resample is a row of counts: how often each pair was drawn. Every row of a table is weighed with the same counts, so
 that what two rows share (easy pairs, wrong labels) falls out of their difference.
@@ -7,7 +7,10 @@ Shapes: n pairs, p of them matching and q not; S scorers, each a checkpoint of a
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 15.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy.stats import ttest_rel
 
 ROUNDING = 1e-6  # a difference below it is none: sums in fp32 end there
 CHUNK = 512  # resamples at once
@@ -88,6 +91,27 @@ def two_sided_p(differences: np.ndarray) -> float:
     known = differences[~np.isnan(differences)]
     below, above = (known <= 0).sum(), (known >= 0).sum()
     return float(min(1.0, 2 * (min(below, above) + 1) / (len(known) + 1)))
+
+
+def paired_t_test(row: Sequence[float], reference: Sequence[float]) -> float | None:
+    """Two-tailed p; None with fewer than two pairs of values, or where all differ by the same."""
+    if len(row) < 2 or np.ptp(np.subtract(row, reference)) < 1e-12:
+        return None
+    return float(ttest_rel(row, reference).pvalue)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Each p-value, corrected for the number of them; None stays None and does not count.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        corrected[place] = largest
+    return corrected
 
 
 def _parts(total: int, size: int) -> list[slice]:
