@@ -253,7 +253,9 @@ def test_judgements_become_labels_and_no_judged_document_is_drawn(tmp_path, grad
 
 def test_only_judgements_have_a_relevance(tmp_path):
     given = save(tmp_path / "p.jsonl", PAIRS)
-    with pytest.raises(UserError, match=r"--min-relevance: .* is read as pairs, only beir has judgements: leave"):
+    with pytest.raises(
+        UserError, match=r"--min-relevance: .* is read as pairs, only beir has judgements: leave it out"
+    ):
         convert(given, f"{tmp_path}/out.jsonl", "pairs", min_relevance=2)
 
 
