@@ -83,7 +83,7 @@ def make_plan(
 
     Args:
         device: a name of `planner_devices`; None takes the default, or `cpu` where the run uses no GPU.
-        tokens_per_pair: None takes `data.max_length`, the most that a pair can have.
+        tokens_per_pair: None takes the most that a pair can have: `data.max_length`, for each of two texts alone.
     Raises:
         UserError
     """
@@ -121,9 +121,10 @@ def chosen_device(
 def workload(config: RunConfig, device: Device, tokens_per_pair: int | None) -> Workload:
     """The configured share of a contrast batch of one device, in chunks where `train.mini_batch_size` bounds them."""
     bf16 = device.is_gpu if config.train.bf16 == "auto" else config.train.bf16
+    inputs_per_pair = 2 if config.student.mode == "alone" else 1
     return Workload(
         pairs=config.train.per_device_train_batch_size,
-        tokens_per_pair=tokens_per_pair or config.data.max_length,
+        tokens_per_pair=tokens_per_pair or inputs_per_pair * config.data.max_length,
         value_bytes=2 if bf16 else 4,
         lora_dropout=config.student.lora_dropout,
         on_gpu=device.is_gpu,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from matchers import saved_adapter, single_scores
+from peft.tuners.lora import LoraLayer
 from tiny import sentences
 
 from flipkd_dist import predict
@@ -50,6 +51,8 @@ def test_pairs_are_scored_out_of_vectors(saved):
     found = np.stack(Matcher(adapter).predict(PAIRS, 5), axis=1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[:, 0], (1 + found[:, 1]) / 2, rtol=0, atol=2e-6)
+    layers = Matcher(adapter).student.model.modules()
+    assert sum(isinstance(layer, LoraLayer) for layer in layers) == (student.reads == "lora_a")  # the others are merged
     turned = np.stack(Matcher(adapter).predict([(b, a) for a, b in PAIRS]), axis=1)
     np.testing.assert_allclose(turned, found, rtol=0, atol=1e-6)
     assert found[:, 0].std() > 1e-3

@@ -255,3 +255,7 @@ def test_preflight_takes_it_and_knows_its_last_position(tmp_path, folder):
     settings["data"]["max_length"] = 129
     with pytest.raises(UserError, match=r"^data\.max_length: 129 tokens, but the student's base has 128 positions"):
         check_inputs(RunConfig.model_validate(settings))
+    settings["data"]["max_length"] = 128
+    settings["student"] = {"model_name_or_path": str(folder), "mode": "alone", "prompt": "{text}"}
+    with pytest.raises(UserError, match=r"^student\.mode: alone is not supported for .* set it to pair$"):
+        check_inputs(RunConfig.model_validate(settings))

@@ -145,3 +145,10 @@ def test_a_policy_of_ones_own_counts(tmp_path, config_file):
     config = configured(config_file.parent / "student", distributed={"deepspeed": str(policy)})
     by_stage = {row.layout.stage: row.memory.buckets for row in make_plan(config, num_workers=2).rows}
     assert by_stage == {0: 0, 1: 100_000_000, 2: 2_000_000, 3: 100_000_000}
+
+
+def test_a_pair_of_texts_alone_is_two_inputs(config_file):
+    folder = config_file.parent / "student"
+    plan = make_plan(configured(folder, student={"mode": "alone"}))
+    assert plan.workload.tokens_per_pair == 2 * make_plan(configured(folder)).workload.tokens_per_pair
+    assert make_plan(configured(folder, student={"mode": "alone"}), tokens_per_pair=9).workload.tokens_per_pair == 9

@@ -92,6 +92,9 @@ def test_layouts_agree(folders, reads, bidirectional):
         assert len(batch.input_ids) == 9
         for value, wanted in zip(other(**batch.tensors("cpu")), expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+    for text in (PAIRS[0][0], LONG):  # one row without padding, for which transformers makes no mask
+        one, row = (student(**BatchMaker(encoder, student, share)([(text, text)]).tensors("cpu")) for share in (0, 1))
+        torch.testing.assert_close(one[1], row[1], rtol=1e-5, atol=1e-5)
     turned = student(**BatchMaker(encoder, student, True)([(b, a) for a, b in PAIRS[::-1]]).tensors("cpu"))
     logits, first, second = (value.flip(0) for value in turned)
     for value, wanted in zip((logits, second, first), expected, strict=True):
