@@ -19,7 +19,7 @@ def answer(*arguments: str) -> str:
 
 
 def test_the_promised_verbs_are_there():
-    assert {*CONFIGURED, "predict", "rank", "pairs", "convert"} <= set(cli.commands)
+    assert {*CONFIGURED, "predict", "rank", "embed", "retrieve", "cluster", "pairs", "convert"} <= set(cli.commands)
     overview = answer("--help")
     assert all(f"\n  {verb} " in overview for verb in cli.commands)
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from encoders import encoders, flipkd, refused  # noqa: F401
+from encoders import flipkd, refused
 from test_predict_file import write_jsonl
 
 from flipkd_dist import cluster_file
@@ -24,7 +24,7 @@ def grouped(count, groups, seen=True):
         yield {"text": f"group {group if seen else n} has {n}", "group": group}
 
 
-def test_groups_that_vectors_show(encoders, monkeypatch, capsys):  # noqa: F811
+def test_groups_that_vectors_show(encoders, monkeypatch, capsys):
     write_jsonl("in.jsonl", grouped(200, 6))
     assert cluster(monkeypatch, "--json", "--seeds", 3) == 0
     found = json.loads(capsys.readouterr().out)
@@ -75,7 +75,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake(encoders, monkeypatch, capsys, mistake):  # noqa: F811
+def test_a_mistake(encoders, monkeypatch, capsys, mistake):
     records, where = MISTAKES[mistake]
     write_jsonl("in.jsonl", records)
     refused(cluster(monkeypatch), capsys, where)

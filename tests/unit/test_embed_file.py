@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from encoders import WIDTH, encoders, flipkd, made_up_vector, refused, said  # noqa: F401
+from encoders import WIDTH, flipkd, made_up_vector, refused
 from test_predict_file import write_jsonl
 
 from flipkd_dist import embed_file
@@ -28,7 +28,7 @@ def embed(monkeypatch, *options):
     return flipkd(monkeypatch, "embed", "adapter", *options)
 
 
-def test_an_array_of_all_windows(encoders, monkeypatch, said):  # noqa: F811
+def test_an_array_of_all_windows(encoders, monkeypatch, said):
     count = WINDOW_PAIRS + 11
     write_jsonl("in.jsonl", texts(count))
     assert embed(monkeypatch, "--input", "in.jsonl", "--output", "out.npy") == 0
@@ -65,7 +65,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_before_the_model_is_loaded(encoders, monkeypatch, capsys, mistake):  # noqa: F811
+def test_a_mistake_is_told_before_the_model_is_loaded(encoders, monkeypatch, capsys, mistake):
     where, options = MISTAKES[mistake]
     records = list(texts(10))
     records[8]["text"] = " " if mistake == "far down" else "a"
@@ -77,7 +77,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(encoders, monkeypatch, cap
     assert not encoders and sorted(os.listdir()) == before
 
 
-def test_a_text_without_tokens_and_an_empty_file(encoders, monkeypatch, capsys):  # noqa: F811
+def test_a_text_without_tokens_and_an_empty_file(encoders, monkeypatch, capsys):
     write_jsonl("in.jsonl", [*texts(3), {"text": "a \ufffd"}])
     refused(
         embed(monkeypatch, "--input", "in.jsonl", "--output", "o.npy"), capsys, "in.jsonl:4: the student's tokenizer"
@@ -91,7 +91,7 @@ def test_a_text_without_tokens_and_an_empty_file(encoders, monkeypatch, capsys):
     assert not encoders
 
 
-def test_nothing_stays_of_an_output_that_failed(encoders, monkeypatch, tmp_path):  # noqa: F811
+def test_nothing_stays_of_an_output_that_failed(encoders, monkeypatch, tmp_path):
     write_jsonl("in.jsonl", texts(30))
     (tmp_path / "out.npy").write_text("of before")
 

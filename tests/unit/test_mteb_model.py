@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from encoders import WIDTH, MadeUpEncoder, encoders, flipkd, made_up_vector, write_beir  # noqa: F401
+from encoders import WIDTH, MadeUpEncoder, flipkd, made_up_vector, write_beir
 from scipy.stats import spearmanr
 from test_retrieve_folder import CORPUS, JUDGED, QUERIES, read_metrics
 
@@ -98,7 +98,7 @@ def test_a_task_of_pairs():
     assert found["main_score"] == pytest.approx(spearmanr(cosines, scores).statistic, abs=1e-5)
 
 
-def test_a_task_of_retrieval(encoders, monkeypatch, tmp_path):  # noqa: F811
+def test_a_task_of_retrieval(encoders, monkeypatch, tmp_path):
     """Texts all differ in their first words, so that no scores are equal: there the two break ties differently."""
     corpus = {name: {"title": "", "text": f"{name} {one['text']}"} for name, one in CORPUS.items()}
     queries = {name: {"text": text} for name, text in QUERIES.items() if name in {query for query, *_ in JUDGED}}

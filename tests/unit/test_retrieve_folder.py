@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import encoders, flipkd, made_up_vector, refused, said, write_beir  # noqa: F401
+from encoders import flipkd, made_up_vector, refused, write_beir
 from matchers import MadeUpEncoder as PairTokens
 from matchers import MadeUpMatcher, made_up_score
 from retrieval_reference import reference_metrics, reference_order
@@ -65,7 +65,7 @@ def mean_reference(run):
     return {name: sum(values[name] for values in each) / len(each) for name in each[0]}
 
 
-def test_lists_and_their_metrics(monkeypatch, folder, capsys, said):  # noqa: F811
+def test_lists_and_their_metrics(monkeypatch, folder, capsys, said):
     assert retrieve(monkeypatch, "--top-k", 20) == 0
     run = read_run("out/run.trec")
     assert list(run) == [f"q{n}" for n in range(9)]
@@ -170,14 +170,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_judgements(encoders, monkeypatch, tmp_path, capsys, mistake):  # noqa: F811
+def test_a_mistake_in_the_judgements(encoders, monkeypatch, tmp_path, capsys, mistake):
     judged, where = MISTAKES[mistake]
     write_beir(tmp_path / "beir", CORPUS, QUERIES, judged)
     refused(retrieve(monkeypatch), capsys, where)
     assert not encoders and not os.path.exists("out")
 
 
-def test_other_mistakes(encoders, monkeypatch, tmp_path, folder, matchers, capsys):  # noqa: F811
+def test_other_mistakes(encoders, monkeypatch, tmp_path, folder, matchers, capsys):
     refused(retrieve(monkeypatch, "--rerank-top-k", 5), capsys, "--rerank-top-k and --rerank-base-model: have no")
     refused(
         retrieve(monkeypatch, "--rerank", "pairs", "--rerank-top-k", 200), capsys, "--rerank-top-k 200: lists have 100"

@@ -5,7 +5,7 @@ import types
 
 import numpy as np
 import pytest
-from encoders import MadeUpEncoder, made_up_vector, said, save_card  # noqa: F401
+from encoders import MadeUpEncoder, made_up_vector, save_card
 from tiny_teacher import TEXTS, save_tiny_teacher
 
 from flipkd_dist import text_encoder
@@ -82,7 +82,7 @@ def test_an_encoder_is_the_teacher_of_that_folder(tmp_path):
         pass
 
 
-def test_windows_and_what_was_cut(monkeypatch, said):  # noqa: F811
+def test_windows_and_what_was_cut(monkeypatch, said):
     monkeypatch.setattr("flipkd_dist.token_batches.WINDOW_PAIRS", 4)
     inner = MadeUpEncoder()
     inner.num_truncated = 5  # of something before
