@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparison_cases import comparison, matrix, pair_table, results, row_scores
+from report_cases import comparison, matrix, pair_table, results, row_scores
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 

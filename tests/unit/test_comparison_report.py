@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparison_cases import comparison, hostile, pair_table, results
 from html_page import Page
 from noise_cases import HOSTILE
+from report_cases import comparison, hostile, pair_table, results
 
 from flipkd_dist import comparison_report
 from flipkd_dist.comparison import REFERENCE, Comparison, Results, Row, RowScores
