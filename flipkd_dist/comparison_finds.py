@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from flipkd_dist.comparison import METRICS, READINGS, Comparison, Matrix, Results, RowResult
+from flipkd_dist.comparison import READINGS, Comparison, Matrix, Results, RowResult
 from flipkd_dist.comparison_numbers import FLIP, scorings, table_of
 from flipkd_dist.config import RunConfig
 from flipkd_dist.pairs import PairTable
@@ -38,27 +38,28 @@ class JudgedPair:
 
 
 def sweeps(comparison: Comparison, config: RunConfig | None = None) -> list[Sweep]:
-    """The rows that are flip with one number changed and named after it, `...=...`, by that setting.
+    """The rows `flip-KEY-VALUE`, which are flip with one number changed, by their setting.
 
     Args:
         config: where flip's own value stands that no row overrides.
     """
     flip = comparison.row(FLIP)
-    found: dict[str, list[SweepPoint]] = {}
     base = flip.row.overrides if flip else {}
-    for row in comparison.rows:
-        changed = {key: value for key, value in row.row.overrides.items() if base.get(key, ...) != value}
-        if row is flip or row.row.kind != "student" or len(changed) != 1 or "=" not in row.row.name + row.row.title:
-            continue
-        ((key, value),) = changed.items()
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found.setdefault(key, []).append(SweepPoint(float(value), row.row.name))
+    found: dict[str, list[SweepPoint]] = {}
+    for row in (found.row for found in comparison.rows):
+        changed = [key for key, value in row.overrides.items() if key not in base or base[key] != value]
+        if len(changed) == 1 and row.name.startswith(f"{FLIP}-{changed[0]}-") and _is_point(row.overrides[changed[0]]):
+            found.setdefault(changed[0], []).append(SweepPoint(float(row.overrides[changed[0]]), row.name))
     for key, points in found.items():
         own = base.get(key, _setting(config, key))
-        if flip and isinstance(own, int | float):
+        if flip and _is_point(own):
             points.append(SweepPoint(float(own), FLIP))
         points.sort(key=lambda point: point.value)
     return [Sweep(key, points) for key, points in found.items()]
+
+
+def _is_point(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _setting(config: RunConfig | None, key: str) -> object:
@@ -92,10 +93,6 @@ def agreement(matrix: Matrix) -> float | None:
     if len(teacher) < 2 or np.ptp(teacher) == 0 or not np.ptp(student) > 0:
         return None
     return float(spearmanr(teacher, student).statistic)
-
-
-def metrics_present(results: Results) -> list[str]:
-    return [metric for metric in METRICS if any(metric in row.metrics for row in results.rows)]
 
 
 def won_and_lost(comparison: Comparison, reference: str, count: int = 10) -> tuple[str, list[list[JudgedPair]]]:

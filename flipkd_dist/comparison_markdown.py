@@ -2,8 +2,8 @@
 
 import re
 
-from flipkd_dist.comparison import MetricResult
-from flipkd_dist.comparison_finds import JudgedPair, sweep_values
+from flipkd_dist.comparison import READINGS, MetricResult
+from flipkd_dist.comparison_finds import JudgedPair, results_of
 from flipkd_dist.comparison_summary import SPLITS, Summary
 from flipkd_dist.comparison_summary import Table as ResultTable
 from flipkd_dist.comparison_words import METRIC_NAMES, READING_NAMES, difference_text, duration, mean_text, p_text, size
@@ -70,17 +70,19 @@ def _losses(summary: Summary) -> list[str]:
 
 
 def _sweeps(summary: Summary) -> list[list[str]]:
-    parts = []
+    parts, results = [], summary.drawn.results
     for sweep in summary.drawn.sweeps:
-        head, columns = [escaped(sweep.key)], []
-        for reading, reading_name in READING_NAMES.items():
-            for metric, name in METRIC_NAMES.items():
-                values = sweep_values(sweep, summary.drawn.results, reading, metric)
-                if len(values):
-                    head.append(f"{name}, {reading_name}")
-                    columns.append({value: f"{mean:.4f} ± {std:.4f}" for value, mean, std in values.tolist()})
-        lines = [[f"{p.value:g}", *(column.get(p.value, "-") for column in columns)] for p in sweep.points]
-        parts.append([f"## Sweep of {escaped(sweep.key)}", "", *_table(head, lines)])
+        rows = {reading: [results_of(results, point.row, reading) for point in sweep.points] for reading in READINGS}
+        found = [reading for reading in READINGS if any(rows[reading])]
+        head = [f"{name}, {READING_NAMES[reading]}" for reading in found for name in METRIC_NAMES.values()]
+        lines = [
+            [
+                f"{point.value:g}",
+                *(mean_text(row and row.metrics.get(m)) for r in found for row in [rows[r][at]] for m in METRIC_NAMES),
+            ]
+            for at, point in enumerate(sweep.points)
+        ]
+        parts.append([f"## Sweep of {escaped(sweep.key)}", "", *_table([escaped(sweep.key), *head], lines)])
     return parts
 
 

@@ -182,6 +182,8 @@ def _facts(comparison: Comparison, results: Results, date: str) -> dict[str, str
             facts[f"{split} pairs"] = text + (f", {hard:,} hard non-matches)" if hard else ")")
     if steps:
         facts["checkpoints averaged"] = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    has_validation = comparison.pairs.get("validation") is not None
+    facts["thresholds"] = "best F1 on validation pairs" if has_validation else "0.5"
     facts["resamples of test pairs"] = f"{results.resamples:,}"
     facts["level of significance"] = f"{results.alpha:g}"
     facts["versions"] = ", ".join([f"Python {platform.python_version()}", *map(_version, LIBRARIES)])

@@ -99,7 +99,7 @@ def cells(ax: Axes, values: np.ndarray, low: float, high: float, colour: str, le
 
     span = max(high - low, 1e-12)
     level = np.clip(np.round((values - low) / span * levels), 0, levels).astype(int)
-    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * 1.03  # no paper shines through between two
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * 1.01  # no paper shines through between two
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
     for step in range(1, levels + 1):
         corners = np.argwhere(level == step)[:, ::-1]  # x is the column

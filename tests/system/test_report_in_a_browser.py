@@ -5,8 +5,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from comparison_cases import comparison, results
 from matplotlib.image import imread
+from report_cases import comparison, results
 
 from flipkd_dist.comparison_report import write
 

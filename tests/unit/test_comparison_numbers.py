@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparison_cases import comparison, matrix, pair_table, results, row_scores
+from report_cases import comparison, matrix, pair_table, results, row_scores
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
@@ -148,15 +148,21 @@ def test_a_sweep_is_flip_with_one_number_changed(found):
     (sweep,) = sweeps(found, RunConfig(name="bank"))
     assert sweep.key == "loss.margin"  # no_mcl, too, changes one number, and is an ablation
     assert [(point.value, point.row) for point in sweep.points] == [
-        (0.0, "flip-loss.margin=0"),
-        (0.02, "flip-loss.margin=0.02"),
+        (0.0, "flip-loss.margin-0"),
+        (0.02, "flip-loss.margin-0.02"),
         (0.06, "flip"),
-        (0.1, "flip-loss.margin=0.1"),
+        (0.1, "flip-loss.margin-0.1"),
     ]
     assert len(sweeps(found)[0].points) == 3  # without a configuration flip's own value is not known
     values = sweep_values(sweep, results(found), "p_match", "f1")
     assert values[:, 0].tolist() == [0, 0.02, 0.06, 0.1] and (values[:, 2] > 0).all()
     assert not sweeps(comparison(sweep=(), names=("flip", "no_mcl")))
+
+
+@pytest.mark.parametrize("value", [None, "auto", True])
+def test_what_is_no_number_is_no_point_of_a_sweep(found, value):
+    row = replace(found.row("flip"), row=Row("flip-loss.margin-x", "flip", {"loss.margin": value}))
+    assert not sweeps(replace(found, rows=[found.row("flip"), row]), RunConfig(name="bank"))
 
 
 def test_agreement_of_matrices():

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comparison_cases import comparison, hostile, pair_table, results
 from html_page import Page
 from noise_cases import HOSTILE
+from report_cases import comparison, hostile, pair_table, results
 
 from flipkd_dist import comparison_report
 from flipkd_dist.comparison import REFERENCE, Comparison, Results, Row, RowScores
@@ -19,6 +19,7 @@ from flipkd_dist.comparison_summary import summarise
 from flipkd_dist.config import RunConfig
 from flipkd_dist.page import SHOWN
 from flipkd_dist.plot_svg import COLOURS
+from flipkd_dist.run_folder import write_json
 
 CONFIG = RunConfig(name="bank", tracking={"mlflow_tracking_uri": "http://me:secret@host/x"})
 FAILURES = {"kdmcse": "2 of 5 runs ran out of memory"}
@@ -193,3 +194,15 @@ def test_the_files_are_written_whole_by_rename(tmp_path, monkeypatch):
     comparison_report.write(tmp_path, found, results(found), CONFIG)
     assert texts_of((tmp_path / "report.html").read_text(encoding="utf-8")).startswith("Comparison: bank-compare")
     assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("# Comparison: bank-compare")
+
+
+def test_settings_and_failures_are_taken_from_the_folder(tmp_path):
+    found = comparison(seeds=[1], checkpoints=1, sweep=(0.02,), names=(REFERENCE, "flip", "flip-loss.margin-0.02"))
+    (tmp_path / "config.yaml").write_text(CONFIG.to_yaml())
+    runs = [{"status": "done", "reason": None}, {"status": "failed", "reason": "out of memory"}]
+    write_json(tmp_path / "comparison.json", {"rows": [{"name": "flip", "runs": runs}, {"name": "x", "runs": []}]})
+    comparison_report.write(tmp_path, found, results(found))
+    text = texts_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "flip failed: 1 of 2 runs: out of memory" in text and "x failed" not in text
+    as_text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| 0.02 \|.*\n\| 0.06 \|", as_text, re.MULTILINE) and "name: bank" in as_text

@@ -1,7 +1,7 @@
 """The sentences say what the statistics say, "no difference" among it."""
 
 import pytest
-from comparison_cases import comparison, results
+from report_cases import comparison, results
 
 from flipkd_dist.comparison import REFERENCE, MetricResult, Results, RowResult
 from flipkd_dist.comparison_words import difference_text, duration, headline, mean_text, p_text, size

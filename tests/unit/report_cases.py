@@ -84,7 +84,7 @@ def comparison(seeds=range(42, 47), checkpoints=2, sweep=(0.0, 0.02, 0.1), pairs
         own = [42] if name == "untrained" else seeds
         rows.append(row_scores(row, pairs, dict(zip(READINGS, skills, strict=True)), own, checkpoints))
     for margin in sweep:
-        row = Row(f"flip-loss.margin={margin:g}", f"flip, loss.margin={margin:g}", {"loss.margin": margin}, LOSS)
+        row = Row(f"flip-loss.margin-{margin:g}", f"flip, loss.margin = {margin:g}", {"loss.margin": margin}, LOSS)
         rows.append(row_scores(row, pairs, {"p_match": 1.3 + margin, "similarity": 1.2}, seeds, checkpoints))
     rows = [row for row in rows if names is None or row.row.name in names]
     matrices = {name: matrix(scale) for name, scale in ((REFERENCE, 0.3), ("flip", 0.9)) if names is None}
