@@ -3,6 +3,7 @@
 import difflib
 import reprlib
 from collections.abc import Sequence
+from math import pi
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,7 +146,7 @@ class LossConfig(Section):
     sup_weight: NonNegative = 1.0
     dist_weight: NonNegative = 0.1
     mcl_weight: NonNegative = 0.1
-    margin: NonNegative = 0.06  # m_c
+    margin: NonNegative = 0.06  # mcl: m_c, a factor on the teacher's angle; arccse, kdmcse: radians
     threshold: Annotated[float, Field(ge=0, le=1)] | None = 0.5  # theta of the noise filter; null: no filter
     temperature: Annotated[float, Field(gt=0)] = 1.0
     mcl_negative_margin: Literal["negative", "anchor"] = "negative"
@@ -156,6 +157,18 @@ class LossConfig(Section):
     def _something_to_learn(self) -> "LossConfig":
         if self.sup_weight == self.dist_weight == self.mcl_weight == 0:
             raise ValueError("sup_weight, dist_weight and mcl_weight are all 0: nothing would be learnt")
+        return self
+
+    @model_validator(mode="after")
+    def _margin_fits(self) -> "LossConfig":
+        if self.contrastive != "mcl" and self.mcl_negative_margin != "negative":
+            raise ValueError(f"mcl_negative_margin: {self.contrastive} has no such choice: leave it at negative")
+        if self.contrastive == "infonce" and self.margin not in (0, LossConfig.model_fields["margin"].default):
+            raise ValueError(f"margin = {self.margin:g}: infonce has none: leave it out or set it to 0")
+        if self.contrastive in ("arccse", "kdmcse") and self.margin >= pi:
+            raise ValueError(
+                f"margin = {self.margin:g}: that of {self.contrastive} is in radians, below pi: 10 degrees are 0.1745"
+            )
         return self
 
 

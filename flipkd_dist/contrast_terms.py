@@ -1,4 +1,4 @@
-"""L_dist and L_MCL of rows of the contrast matrix out of read-outs, and what is logged of them.
+"""L_dist and the contrastive loss of rows of the contrast matrix out of read-outs, and what is logged of them.
 
 Shapes: n pairs of the contrast batch, k rows (all of a rank's own, or a block of them), r the width of a read-out.
 """
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from flipkd_dist.config import LossConfig
 from flipkd_dist.contrast import ContrastRows, contrast_rows
-from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum
+from flipkd_dist.losses import (
+    Margins,
+    arccse_margins,
+    contrastive_sum,
+    cosine_matrix,
+    distance_sum,
+    kdmcse_margins,
+    mcl_margins,
+)
 from flipkd_dist.signals import TeacherSignals
 
 
@@ -21,7 +29,7 @@ class ContrastTerms:
     """Sums over the rows."""
 
     distance: Tensor  # L_dist
-    contrastive: Tensor  # L_MCL
+    contrastive: Tensor  # L_MCL, or what loss.contrastive sets in its place
     margin: Tensor  # [2], entries that left [0, pi], and all entries of anchors
     statistics: Tensor  # float64 [9], see `matrix_statistics`
 
@@ -66,17 +74,21 @@ def contrast_terms(
     return ContrastTerms(distance, contrastive, margin, matrix_statistics(rows[0], similarity))
 
 
+def _margins(similarity: Tensor, rows: ContrastRows, loss: LossConfig) -> Margins:
+    match loss.contrastive:
+        case "mcl":
+            return mcl_margins(rows.teacher_similarity, rows.positive_column, loss.margin, loss.mcl_negative_margin)
+        case "infonce":
+            return Margins()
+        case "arccse":
+            return arccse_margins(similarity, loss.margin)
+        case "kdmcse":
+            return kdmcse_margins(similarity, rows.teacher_similarity, loss.margin)
+
+
 def _contrastive(similarity: Tensor, rows: ContrastRows, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    return contrastive_sum(
-        similarity,
-        rows.teacher_similarity,
-        rows.anchor,
-        rows.negative,
-        rows.positive_column,
-        loss.margin,
-        loss.temperature,
-        loss.mcl_negative_margin,
-    )
+    margins = _margins(similarity, rows, loss)
+    return contrastive_sum(similarity, margins, rows.anchor, rows.negative, rows.positive_column, loss.temperature)
 
 
 @torch.no_grad()

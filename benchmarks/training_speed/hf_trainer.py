@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from flipkd_dist.config import validate
 from flipkd_dist.contrast import contrast_rows
-from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum, supervised_sum
+from flipkd_dist.losses import contrastive_sum, cosine_matrix, distance_sum, mcl_margins, supervised_sum
 from flipkd_dist.preflight import check_inputs
 from flipkd_dist.student import initialise_lora
 from flipkd_dist.teacher_stage import open_signals
@@ -65,9 +65,8 @@ class FlipTrainer(Trainer):
         logits = output.logits[:, -1, self.answer_ids]
         rows = contrast_rows(self.signals, inputs["pair"].numpy(), slice(0, len(logits)), self.config.threshold)
         similarity = cosine_matrix(mean_of(seen[0], inputs["side"] == 0), mean_of(seen[0], inputs["side"] == 1))
-        contrastive, _ = contrastive_sum(
-            similarity, rows.teacher_similarity, rows.anchor, rows.negative, rows.positive_column, self.config.margin
-        )
+        margins = mcl_margins(rows.teacher_similarity, rows.positive_column, self.config.margin)
+        contrastive, _ = contrastive_sum(similarity, margins, rows.anchor, rows.negative, rows.positive_column)
         loss = (
             supervised_sum(logits, rows.labels) / len(logits)
             + 0.1 * distance_sum(similarity, rows.teacher_similarity, rows.keep) / rows.keep.sum().clamp(min=1)

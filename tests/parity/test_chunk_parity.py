@@ -204,6 +204,14 @@ def test_symmetric_contrast(folder, teacher, threshold):
     compare(folder, 3, 2, 8, 2, loss=loss, teacher=teacher)
 
 
+@pytest.mark.parametrize(("contrastive", "margin"), [("infonce", 0.0), ("arccse", 0.3), ("kdmcse", 0.3)])
+def test_losses_in_place_of_l_mcl(folder, contrastive, margin):
+    """Both directions, on two ranks in chunks."""
+    loss = LossConfig(mcl_weight=0.9, contrastive=contrastive, margin=margin, temperature=0.5, mcl_symmetric=True)
+    expected, _ = compare(folder, 3, 2, 8, 2, loss=loss)
+    assert np.all(np.array(expected["sums"])[:, 2] > 0.01)
+
+
 def test_a_base_in_four_bits(tmp_path):
     wide = save_student(tmp_path, hidden_size=64, head_dim=16)
     compare(wide, 3, 2, 8, 2, load_in_4bit=True)

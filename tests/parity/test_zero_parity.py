@@ -141,6 +141,14 @@ def test_symmetric_contrast(folder):
     assert abs(one_way["losses"][0][3] - both_ways["losses"][0][3]) > 1e-3
 
 
+@pytest.mark.parametrize(("contrastive", "margin"), [("infonce", 0.0), ("arccse", 0.3), ("kdmcse", 0.3)])
+def test_losses_in_place_of_l_mcl(folder, contrastive, margin):
+    """Each with gradients of its own."""
+    loss = LossConfig(mcl_weight=0.9, contrastive=contrastive, margin=margin, temperature=0.5)
+    expected, _ = compare(folder, pair_table(14), 1, 2, 8, loss=loss)
+    assert expected["losses"][0][3] > 0.01
+
+
 def of_neighbours(pairs) -> TeacherSignals:
     """Scores of every pair, of which the teacher may use the labelled ones and three columns of each row."""
     generator, texts = np.random.default_rng(1), pairs.texts

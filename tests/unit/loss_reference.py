@@ -92,3 +92,25 @@ def contrastive_sum(
             others += math.exp(value / temperature)
         total += -math.log(positive / (positive + others))
     return total, out_of_range
+
+
+def baseline_sum(kind, student, teacher, anchor, negative, positive_column, margin, temperature):
+    """The sums of InfoNCE, ArcCSE and AdapACSE over anchors, from their papers' equations; numbers out of range too."""
+    total, out_of_range = 0.0, [0, 0]
+    for i in range(len(anchor)):
+        if not anchor[i]:
+            continue
+        own = int(positive_column[i])
+        value, left = positive_value(float(student[i, own]), margin) if kind == "arccse" else (student[i, own], False)
+        out_of_range[0] += left
+        scores = [value / temperature]  # the positive comes first
+        for j in range(student.shape[1]):
+            if j == own or not negative[i, j]:
+                continue
+            cosine = float(student[i, j])
+            if kind == "kdmcse" and math.acos(cosine) > margin:
+                cosine, left = negative_value(cosine, abs(1 - float(teacher[i, j])) * margin)
+                out_of_range[1] += left
+            scores.append(cosine / temperature)
+        total -= math.log(math.exp(scores[0]) / sum(math.exp(score) for score in scores))
+    return total, out_of_range

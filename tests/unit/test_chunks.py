@@ -58,11 +58,13 @@ def test_blocks_are_the_matrix(signals, monkeypatch, entries):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_of_the_readouts(signals, monkeypatch, symmetric):
+@pytest.mark.parametrize("contrastive", ["mcl", "infonce", "arccse", "kdmcse"])
+def test_gradients_of_the_readouts(signals, monkeypatch, symmetric, contrastive):
     """Block by block as over the whole matrix; the terms are sums of the blocks'."""
     monkeypatch.setattr(chunks, "BLOCK_ENTRIES", 100)
     monkeypatch.setattr(chunks, "BLOCK_ROWS", 2)
-    loss = LossConfig(margin=0.3, mcl_symmetric=symmetric)
+    margin = 0.0 if contrastive == "infonce" else 0.3
+    loss = LossConfig(contrastive=contrastive, margin=margin, mcl_symmetric=symmetric)
     batch, own, scale = np.arange(20), slice(0, 20), torch.tensor([0.0, 2.0, 3.0])
     readouts = [torch.randn(20, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     blocks = RowBlocks(signals, batch, own, loss)

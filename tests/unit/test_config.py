@@ -308,6 +308,25 @@ def test_written_and_read_again_it_is_the_same(tmp_path, named):
     assert list(yaml.safe_load(text)) == list(DEFAULTS)
 
 
+@pytest.mark.parametrize("kind", ["mcl", "infonce", "arccse", "kdmcse"])
+def test_a_margin_that_a_loss_would_ignore_is_a_mistake(named, kind):
+    choice = f"loss.contrastive={kind}"
+    for margin in ("0", "0.06"):  # none, and what stands there if nothing is said
+        assert load_config(named, [choice, f"loss.margin={margin}"]).loss.contrastive == kind
+    if kind == "mcl":
+        assert load_config(named, [choice, "loss.margin=10", "loss.mcl_negative_margin=anchor"]).loss.margin == 10
+        return
+    said = mistake(named, choice, "loss.mcl_negative_margin=anchor")
+    assert said.startswith(f"c.yaml: loss: mcl_negative_margin: {kind} has no such choice")
+    said = mistake(named, choice, "loss.margin=10")
+    if kind == "infonce":
+        assert said.startswith("c.yaml: loss: margin = 10: infonce has none")
+        assert mistake(named, choice, "loss.margin=0.3").startswith("c.yaml: loss: margin = 0.3: infonce has none")
+    else:
+        assert said.startswith(f"c.yaml: loss: margin = 10: that of {kind} is in radians, below pi")
+        assert load_config(named, [choice, "loss.margin=3.14"]).loss.margin == 3.14
+
+
 def test_run_dir_knows_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/someone")
     assert RunConfig(name="x", output_dir="~/runs").run_dir == Path("/someone/runs/x")

@@ -7,7 +7,7 @@ from tiny import ArrayReader, PairReader, sentences, signals_of, unit_vectors
 
 from flipkd_dist.calibration import Meaning
 from flipkd_dist.contrast import ContrastRows, contrast_rows
-from flipkd_dist.losses import contrastive_sum, distance_sum
+from flipkd_dist.losses import contrastive_sum, distance_sum, mcl_margins
 from flipkd_dist.order import rows_of_rank
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.signals import PairTeacher, TeacherSignals, TextTeacher
@@ -161,9 +161,8 @@ def test_a_batch_with_the_diagonal_alone_teaches_no_contrast():
     assert rows.keep.tolist() == torch.eye(3).bool().tolist() and rows.anchor.tolist() == [True, True, False]
     assert not rows.off_diagonal.any() and not rows.negative.any()
     student = torch.tensor([[0.3, -1.0, 1.0], [0.2, 1.0, 0.1], [0.9, 0.0, 0.4]], requires_grad=True)
-    total, counts = contrastive_sum(
-        student, rows.teacher_similarity, rows.anchor, rows.negative, rows.positive_column, margin=0.06
-    )
+    margins = mcl_margins(rows.teacher_similarity, rows.positive_column, 0.06)
+    total, counts = contrastive_sum(student, margins, rows.anchor, rows.negative, rows.positive_column)
     assert total.item() == 0.0 and counts.tolist() == [0, 2]
     total.backward()
     assert student.grad.abs().max() == 0

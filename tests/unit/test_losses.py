@@ -39,8 +39,11 @@ def one_row(student, teacher):
 def contrastive(case, margin, temperature=1.0, negative_margin="negative", dtype=torch.float64):
     """The torch loss of a case and its gradient by the student's cosines."""
     student = torch.tensor(case.student, dtype=dtype, requires_grad=True)
-    rest = torch.tensor(case.teacher, dtype=dtype), *map(torch.tensor, (case.anchor, case.negative, case.column))
-    total, shares = losses.contrastive_sum(student, *rest, margin, temperature, negative_margin)
+    margins = losses.mcl_margins(
+        torch.tensor(case.teacher, dtype=dtype), torch.tensor(case.column), margin, negative_margin
+    )
+    masks = map(torch.tensor, (case.anchor, case.negative, case.column))
+    total, shares = losses.contrastive_sum(student, margins, *masks, temperature)
     assert total.shape == () and torch.isfinite(shares).all()
     return total.item(), grad(total, student)[0].numpy()
 
@@ -108,7 +111,8 @@ def test_contrastive_sum(seed, m, n, start, negative_margin, temperature, margin
 @pytest.mark.parametrize("margin", [0.06, 0.9])
 def test_contrastive_gradcheck(margin, negative_margin):
     case = random_case(4, 5, 8, 2)
-    args = *map(torch.tensor, (case.teacher, case.anchor, case.negative, case.column)), margin, 0.5, negative_margin
+    margins = losses.mcl_margins(torch.tensor(case.teacher), torch.tensor(case.column), margin, negative_margin)
+    args = margins, *map(torch.tensor, (case.anchor, case.negative, case.column)), 0.5
     assert margin < 0.9 or min(expected(case, margin, 0.5, negative_margin)[1]) > 0
     assert gradcheck(lambda x: losses.contrastive_sum(x, *args)[0], torch.tensor(case.student, requires_grad=True))
 
@@ -174,7 +178,8 @@ def test_rows_split_over_ranks_sum_to_the_whole(seed, negative_margin):
     def sums(own):
         teacher, keep, *masks = (x[own] for x in inputs)
         student = losses.cosine_matrix(first[own], second)
-        contrast, _ = losses.contrastive_sum(student, teacher, *masks, 0.9, 1.0, negative_margin)
+        margins = losses.mcl_margins(teacher, masks[-1], 0.9, negative_margin)
+        contrast, _ = losses.contrastive_sum(student, margins, *masks)
         return losses.distance_sum(student, teacher, keep), contrast
 
     ranks = [sums(slice(*own)) for own in [(0, 3), (3, 5), (5, 10)]]
