@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipkd_dist.config import RunConfig, load_config, validate
+from flipkd_dist.config import RunConfig, listed, load_config, override, validate
 from flipkd_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,3 +335,31 @@ def test_run_dir_knows_the_home_folder(monkeypatch):
 @pytest.mark.parametrize(("mini", "pairs"), [("null", 32), ("8", 8), ("32", 32), ("100", 32)])
 def test_pairs_of_a_forward(named, mini, pairs):
     assert load_config(named, [f"train.mini_batch_size={mini}"]).train.pairs_per_forward == pairs
+
+
+def test_overrides_of_a_checked_configuration_name_their_origin():
+    config = RunConfig(name="x", student={"prompt": "is ${text_a}: {text_a} {text_b}"})
+    changed = override(config, ["loss.margin=1e-1", "loss.threshold=null", "train.bf16=true"], "row flip")
+    assert (changed.loss.margin, changed.loss.threshold, changed.train.bf16) == (0.1, None, True)
+    assert changed.student == config.student and config.loss.margin == 0.06
+    with pytest.raises(UserError, match=r"^row flip: unknown key loss\.margn: the nearest known key is loss\.margin$"):
+        override(config, ["loss.margn=1"], "row flip")
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("loss.margin=0,0.02,1e-1,null", [0, 0.02, 0.1, None]),
+        ("loss.margin=1", [1]),
+        ("student.answers=[a,b],[c,d]", [["a", "b"], ["c", "d"]]),
+        ('student.prompt="a, {b}: c",d', ["a, {b}: c", "d"]),
+    ],
+)
+def test_a_list_of_values_is_read_as_each_would_be(text, values):
+    assert listed(text) == (text.partition("=")[0], values)
+
+
+@pytest.mark.parametrize("text", ["loss.margin", "=1", "loss.margin=[1"])
+def test_a_list_of_values_that_cannot_be_read(text):
+    with pytest.raises(UserError, match="write it as dotted.key=value|not a YAML value"):
+        listed(text)
