@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flipkd_dist.comparison import REFERENCE, Row
-from flipkd_dist.config import LossConfig, RunConfig, listed, override
+from flipkd_dist.config import LossConfig, RunConfig, listed, with_overrides
 from flipkd_dist.errors import UserError
 from flipkd_dist.losses import FORMULAS
 
@@ -97,7 +97,9 @@ def settings_of(config: RunConfig, row: Row) -> RunConfig:
     Raises:
         UserError: names the row.
     """
-    return override(config, [f"{key}={json.dumps(value)}" for key, value in row.overrides.items()], f"row {row.name}")
+    return with_overrides(
+        config, [f"{key}={json.dumps(value)}" for key, value in row.overrides.items()], f"row {row.name}"
+    )
 
 
 def _flip(config: RunConfig) -> tuple[str, str]:

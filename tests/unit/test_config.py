@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipkd_dist.config import RunConfig, listed, load_config, override, validate
+from flipkd_dist.config import RunConfig, listed, load_config, validate, with_overrides
 from flipkd_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,11 +339,11 @@ def test_pairs_of_a_forward(named, mini, pairs):
 
 def test_overrides_of_a_checked_configuration_name_their_origin():
     config = RunConfig(name="x", student={"prompt": "is ${text_a}: {text_a} {text_b}"})
-    changed = override(config, ["loss.margin=1e-1", "loss.threshold=null", "train.bf16=true"], "row flip")
+    changed = with_overrides(config, ["loss.margin=1e-1", "loss.threshold=null", "train.bf16=true"], "row flip")
     assert (changed.loss.margin, changed.loss.threshold, changed.train.bf16) == (0.1, None, True)
     assert changed.student == config.student and config.loss.margin == 0.06
     with pytest.raises(UserError, match=r"^row flip: unknown key loss\.margn: the nearest known key is loss\.margin$"):
-        override(config, ["loss.margn=1"], "row flip")
+        with_overrides(config, ["loss.margn=1"], "row flip")
 
 
 @pytest.mark.parametrize(
@@ -361,5 +361,5 @@ def test_a_list_of_values_is_read_as_each_would_be(text, values):
 
 @pytest.mark.parametrize("text", ["loss.margin", "=1", "loss.margin=[1"])
 def test_a_list_of_values_that_cannot_be_read(text):
-    with pytest.raises(UserError, match="write it as dotted.key=value|not a YAML value"):
+    with pytest.raises(UserError, match=r"write it as dotted\.key=value|not a YAML value"):
         listed(text)
