@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
-ONE_WORKER := distributed.num_workers=1 distributed.deepspeed=null train.per_device_train_batch_size=32
+ONE_WORKER := distributed.num_workers=1 distributed.deepspeed=null train.per_device_train_batch_size=32 train.max_steps=80
 
 .PHONY: demo compare test soak lint install
 

@@ -16,7 +16,7 @@ from flipkd_dist.pipeline import absolute_paths
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, places
 from flipkd_dist.run_folder import RunFolder, read_json, write_json
 from flipkd_dist.score_stage import fill_stores
-from flipkd_dist.statistics import compare_rows
+from flipkd_dist.statistics import compare_rows, table
 from flipkd_dist.teacher_stage import is_scored
 from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
 
@@ -42,9 +42,10 @@ def compare(
         StoppedOnRequest: asked to stop; the next call goes on.
     """
     made = Table(config, chosen_rows(config, names, sweeps, teachers, settings), num_seeds)
-    if not all(run.is_finished for run in made.runs):
+    if all(run.is_finished for run in made.runs):
+        made.open()
+    else:
         made.make(jobs)
-    made.note()
     made.conclude()
     return made.say_failures() == 0
 
@@ -78,18 +79,18 @@ class Table:
         join_or_start_ray(self.shared, log_to_driver=False)
         for run in self.runs:
             check_room(run.config)
-        self.folder.open()
+        self.open()
         tracker = RunLogger(tracking_uri(self.config), self._parent_run())
         tracker.reopen()
         for run in self.runs:
             run.nest(tracker.run_id)
-        self.note()
         try:
             for run in self.runs:
                 if not run.is_finished and not is_scored(run.inputs):
                     fill_stores(run.inputs)
             room = min(places(run.config) for run in self.runs)
             Runner(self.runs, room if jobs is None else min(room, jobs), self.note).run()
+            self.note()
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, StoppedOnRequest | StoppedAtOnce) else "FAILED")
             raise
@@ -104,16 +105,17 @@ class Table:
             write_json(path, known)
         return known["run_id"]
 
+    def open(self) -> None:
+        self.folder.open()
+        self.note()
+
     def note(self) -> None:
-        """Say in comparison.json what belongs to the table now."""
+        """Say in the folder what belongs to the table now."""
         entries = []
         for row in self.rows:
             runs = self._students_of(row) if row.kind in ENCODERS else [run for run in self.runs if run.row == row]
             entries.append({**asdict(row), "runs": [run.entry(self.folder.path) for run in runs]})
-        index = self.folder.path / INDEX
-        kept = read_json(index) or {}
-        unchanged = {"results": kept["results"]} if kept.get("rows") == entries and "results" in kept else {}
-        write_json(index, {"name": self.name, "rows": entries, **unchanged})
+        write_json(self.folder.path / INDEX, {"name": self.name, "rows": entries})
 
     def _students_of(self, encoder: Row) -> list[Run]:
         """Runs whose predictions hold what the encoder says: those with the same teacher."""

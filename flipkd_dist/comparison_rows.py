@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flipkd_dist.comparison import REFERENCE, Row
-from flipkd_dist.config import RunConfig, listed, override
+from flipkd_dist.config import LossConfig, RunConfig, listed, with_overrides
 from flipkd_dist.errors import UserError
+from flipkd_dist.losses import FORMULAS
 
 FLIPKD = "FlipKD (ACL 2025)"
 ENCODERS = ("teacher", "overlap")  # kinds whose scores stand in the predictions of every run
@@ -18,41 +19,45 @@ SUP_ONLY = {"loss.dist_weight": 0.0, "loss.mcl_weight": 0.0}
 
 
 def standard_rows(config: RunConfig) -> dict[str, Row]:
-    """Every row that `--rows` can name, in the table's order; an empty override is the configuration as it is."""
+    """Every row that `--rows` can name, in the table's order; one that changes nothing is the configuration."""
     loss = config.loss
-
-    def contrastive(name: str, **settings: object) -> dict[str, object]:
-        values = {"contrastive": name, "mcl_negative_margin": "negative", **settings}
-        return {f"loss.{key}": value for key, value in values.items()}
-
-    flip = f"L_sup + {loss.dist_weight:g} L_dist + {loss.mcl_weight:g} L_MCL"
     full = {"student.tuning": "full", "student.readout": "auto", "train.learning_rate": config.train.learning_rate / 10}
-    arccse = {"loss.dist_weight": 0.0, **contrastive("arccse", margin=0.1745, temperature=0.05, threshold=None)}
-    kdmcse = {"loss.dist_weight": 0.0, **contrastive("kdmcse", margin=0.15, temperature=0.05)}
-    infonce = contrastive("infonce", margin=0.0)
+    lora = {"student.tuning": "lora"}
+    dist, mcl = (loss.dist_weight, "dist"), (loss.mcl_weight, loss.contrastive)
+    arccse = {**_contrastive("arccse", 0.1745), "loss.dist_weight": 0.0, "loss.threshold": None}
+    kdmcse = {**_contrastive("kdmcse", 0.15), "loss.dist_weight": 0.0}
+    infonce = _contrastive("infonce", LossConfig().margin)
     rows = [
-        Row("overlap", "token overlap", {}, "Jaccard of words", kind="overlap"),
-        Row("teacher", "teacher", {}, "cosine of mean token vectors", FLIPKD, kind="teacher"),
+        Row("overlap", "token overlap", {}, "Jaccard overlap of words", kind="overlap"),
+        Row("teacher", "teacher", {}, "cosine of its vectors", FLIPKD, kind="teacher"),
         Row("untrained", "student, untrained", {}, kind="untrained"),
-        Row("full_sup", "full fine-tuning, L_sup", SUP_ONLY | full, "L_sup", f"{FLIPKD}, SFT"),
-        Row("lora_sup", "LoRA, L_sup", SUP_ONLY | {"student.tuning": "lora"}, "L_sup", f"{FLIPKD}, LoRA"),
-        Row("arccse", "ArcCSE", arccse, f"L_sup + {loss.mcl_weight:g} L_ArcCSE", "ArcCSE (ACL 2022)"),
-        Row("kdmcse", "KDMCSE", kdmcse, f"L_sup + {loss.mcl_weight:g} L_AdapACSE", "KDMCSE (NAACL 2024)"),
-        Row("infonce", "flip, InfoNCE for L_MCL", infonce, flip.replace("L_MCL", "L_InfoNCE"), "van den Oord 2018"),
-        Row("flip", "flip", {}, flip, f"{FLIPKD}, Eq 2-6"),
-        Row("no_mcl", "flip without L_MCL", {"loss.mcl_weight": 0.0}, f"L_sup + {loss.dist_weight:g} L_dist", FLIPKD),
-        Row("no_dist", "flip without L_dist", {"loss.dist_weight": 0.0}, f"L_sup + {loss.mcl_weight:g} L_MCL", FLIPKD),
-        Row("no_filter", "flip without the filter", {"loss.threshold": None}, f"{flip}, phi = 1", FLIPKD),
-        Row(
-            "classic",
-            "large to small",
-            SUP_ONLY | {"student.tuning": "lora"},
-            "(cos - p_student)^2",
-            "Hinton et al. 2015",
-            kind="classic",
-        ),
+        Row("full_sup", "full fine-tuning, L_sup", SUP_ONLY | full, *_formula()),
+        Row("lora_sup", "LoRA, L_sup", SUP_ONLY | lora, *_formula()),
+        Row("arccse", "ArcCSE", arccse, *_formula((loss.mcl_weight, "arccse"))),
+        Row("kdmcse", "KDMCSE", kdmcse, *_formula((loss.mcl_weight, "kdmcse"))),
+        Row("infonce", "flip, InfoNCE for L_MCL", infonce, *_formula(dist, (loss.mcl_weight, "infonce"))),
+        Row("flip", "flip", {}, *_formula(dist, mcl)),
+        Row("no_mcl", "flip without L_MCL", {"loss.mcl_weight": 0.0}, *_formula(dist)),
+        Row("no_dist", "flip without L_dist", {"loss.dist_weight": 0.0}, *_formula(mcl)),
+        Row("no_filter", "flip without the filter", {"loss.threshold": None}, *_formula(dist, mcl, also="all φ = 1")),
+        Row("classic", "large to small", SUP_ONLY | lora, "mean of (cos - p(match) of the student)²", kind="classic"),
     ]
     return {row.name: row for row in rows}
+
+
+def _contrastive(name: str, margin: float) -> dict[str, object]:
+    """A baseline in the place of L_MCL, with its authors' margin and temperature and none of L_MCL's choices."""
+    settings = {"contrastive": name, "margin": margin, "temperature": 0.05, "mcl_negative_margin": "negative"}
+    return {f"loss.{key}": value for key, value in settings.items()}
+
+
+def _formula(*terms: tuple[float, str], also: str = "") -> tuple[str, str]:
+    """L_sup and weighted losses of `losses.FORMULAS` written out, and their sources."""
+    names = ["sup", *(name for _, name in terms)]
+    total = " + ".join(["L_sup", *(f"{weight:g} L_{name}" for weight, name in terms)])
+    written = [f"L_{name} = {FORMULAS[name][0]}" for name in names]
+    sources = dict.fromkeys(FORMULAS[name][1] for name in names)
+    return "; ".join([total, *written, *([also] if also else [])]), "; ".join(sources)
 
 
 def chosen_rows(
@@ -92,7 +97,14 @@ def settings_of(config: RunConfig, row: Row) -> RunConfig:
     Raises:
         UserError: names the row.
     """
-    return override(config, [f"{key}={json.dumps(value)}" for key, value in row.overrides.items()], f"row {row.name}")
+    return with_overrides(
+        config, [f"{key}={json.dumps(value)}" for key, value in row.overrides.items()], f"row {row.name}"
+    )
+
+
+def _flip(config: RunConfig) -> tuple[str, str]:
+    flip = standard_rows(config)["flip"]
+    return flip.formula, flip.source
 
 
 def _check_name(name: str, known: Sequence[str], option: str) -> None:
@@ -109,7 +121,7 @@ def _sweep(config: RunConfig, sweep: str) -> list[Row]:
     rows = []
     for value in values:
         title = f"flip, {key} = {'null' if value is None else value}"
-        row = Row(f"flip-{key}-{value}", title, {key: value}, source=f"{FLIPKD}, sweep")
+        row = Row(f"flip-{key}-{value}", title, {key: value}, *_flip(config))
         if settings_of(config, row) != config:
             rows.append(row)
     return rows
@@ -121,7 +133,7 @@ def _of_teacher(config: RunConfig, name: str) -> list[Row]:
     short = "-".join(Path(name).parts[-2:])
     rows = [
         Row(f"teacher-{short}", f"teacher {name}", change, kind="teacher"),
-        Row(f"flip-{short}", f"flip, teacher {name}", change),
+        Row(f"flip-{short}", f"flip, teacher {name}", change, *_flip(config)),
     ]
     return rows if settings_of(config, rows[1]) != config else []
 

@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flipkd_dist.comparison import REFERENCE, Row
 from flipkd_dist.comparison_rows import PlannedRun
-from flipkd_dist.config import RunConfig, validate
+from flipkd_dist.config import RunConfig, TeacherConfig, validate
 from flipkd_dist.console import logging_to
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.model_files import one_line
@@ -78,6 +78,7 @@ def place_runs(planned: list[PlannedRun], folder: Path) -> list[Run]:
         UserError: names the row.
     """
     checked: dict[str, Inputs] = {}  # by row: the seed changes nothing that is checked
+    loaded: list[TeacherConfig] = []
     runs: list[Run] = []
     for one in planned:
         name = one.row.name
@@ -85,9 +86,10 @@ def place_runs(planned: list[PlannedRun], folder: Path) -> list[Run]:
         placed = placed.model_copy(update=dict(name=f"{name}-seed{one.seed}", output_dir=str(folder / "rows")))
         if name not in checked:
             try:
-                checked[name] = check_inputs(placed)
+                checked[name] = check_inputs(placed, load=placed.teacher not in loaded)
             except UserError as error:
                 raise UserError(f"row {name}: {error}") from None
+            loaded.append(placed.teacher)
         inputs = replace(checked[name], config=placed)
         parts = [inputs.digest("train", "validation", "test"), one.row.kind]
         if one.row.kind == "classic":

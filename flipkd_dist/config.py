@@ -314,7 +314,7 @@ def _overridden(loaded: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return loaded
 
 
-def override(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
+def with_overrides(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
     """A configuration with `dotted.key=value` overrides; `source` names their origin in an error.
 
     Raises:

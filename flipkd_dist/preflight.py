@@ -127,9 +127,11 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder
     last_encoder(model, settings.encoder_module or default_encoder(targets))
 
 
-def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
+def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS, load: bool = True) -> Inputs:
     """Read and check what the configuration names; starts and writes nothing.
 
+    Args:
+        load: load the teachers that are still to score, to see that they are whole.
     Raises:
         UserError: one line for the first mistake.
     """
@@ -185,7 +187,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> Inputs:
         encoder=encoder,
         share_prefix=shares_prefix(base_config, config.data.max_length),
     )
-    if tables:
+    if tables and load:
         _check_loading(inputs)
     return inputs
 

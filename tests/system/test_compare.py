@@ -57,10 +57,11 @@ def test_killed_then_stopped_then_finished_nothing_is_done_twice(config):
     killed = start(config)
     hit = wait_for_training(folder, killed, 1)
     family = psutil.Process(killed.pid).children(recursive=True)
+    workers = [process for process in family if "make_run" in process.name()]
     killed.kill()  # the driver alone: Ray ends the rest
     killed.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert workers and not alive
     [first] = finished(folder)
     before = {path: path.stat().st_mtime_ns for path in (folder / "rows" / first).rglob("*") if path.is_file()}
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flipkd_dist.comparison_rows import chosen_rows, planned_runs, settings_of, standard_rows
-from flipkd_dist.config import RunConfig, override
+from flipkd_dist.config import RunConfig, with_overrides
 from flipkd_dist.errors import UserError
 
 CONFIG = RunConfig(name="bank")
@@ -45,7 +45,7 @@ def test_every_row_changes_just_what_its_name_says():
         "lora_sup": sup,
         "arccse": baseline | {"loss.dist_weight", "loss.threshold"},
         "kdmcse": baseline | {"loss.dist_weight"},
-        "infonce": {"loss.contrastive", "loss.margin"},
+        "infonce": {"loss.contrastive", "loss.temperature"},
         "flip": set(),
         "no_mcl": {"loss.mcl_weight"},
         "no_dist": {"loss.dist_weight"},
@@ -112,7 +112,7 @@ def test_a_further_teacher_has_a_row_alone_and_one_that_it_teaches():
     assert found["teacher-bank-taught"].kind == "teacher"
     assert settings_of(CONFIG, found["flip-bank-taught-2"]).teacher.model_name_or_path == "other/bank/taught"
     assert list(by_name(["lora_sup"], teachers=["a/b"])) == ["lora_sup", "flip", "teacher-a-b", "flip-a-b"]
-    same = override(CONFIG, ["teacher.model_name_or_path=a/b"], "test")
+    same = with_overrides(CONFIG, ["teacher.model_name_or_path=a/b"], "test")
     assert [row.name for row in chosen_rows(same, ["flip"], teachers=["a/b"])] == ["lora_sup", "flip"]
 
 

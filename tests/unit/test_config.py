@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipkd_dist.config import RunConfig, load_config, validate
+from flipkd_dist.config import RunConfig, listed, load_config, validate, with_overrides
 from flipkd_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,3 +361,31 @@ def test_full_tuning_does_not_go_with_lora_or_four_bits(named, others, message):
     assert load_config(named, ["student.tuning=full"]).student.reads == "mean"
     with pytest.raises(UserError, match=message):
         load_config(named, ["student.tuning=full", *others])
+
+
+def test_overrides_of_a_checked_configuration_name_their_origin():
+    config = RunConfig(name="x", student={"prompt": "is ${text_a}: {text_a} {text_b}"})
+    changed = with_overrides(config, ["loss.margin=1e-1", "loss.threshold=null", "train.bf16=true"], "row flip")
+    assert (changed.loss.margin, changed.loss.threshold, changed.train.bf16) == (0.1, None, True)
+    assert changed.student == config.student and config.loss.margin == 0.06
+    with pytest.raises(UserError, match=r"^row flip: unknown key loss\.margn: the nearest known key is loss\.margin$"):
+        with_overrides(config, ["loss.margn=1"], "row flip")
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("loss.margin=0,0.02,1e-1,null", [0, 0.02, 0.1, None]),
+        ("loss.margin=1", [1]),
+        ("student.answers=[a,b],[c,d]", [["a", "b"], ["c", "d"]]),
+        ('student.prompt="a, {b}: c",d', ["a, {b}: c", "d"]),
+    ],
+)
+def test_a_list_of_values_is_read_as_each_would_be(text, values):
+    assert listed(text) == (text.partition("=")[0], values)
+
+
+@pytest.mark.parametrize("text", ["loss.margin", "=1", "loss.margin=[1"])
+def test_a_list_of_values_that_cannot_be_read(text):
+    with pytest.raises(UserError, match=r"write it as dotted\.key=value|not a YAML value"):
+        listed(text)

@@ -32,6 +32,15 @@ def names(path) -> list[str]:
     return sorted(one.name for one in path.iterdir())
 
 
+def test_a_shared_store_leaves_the_report_in_the_run_folder(tmp_path):
+    shared = RunFolder(configured(tmp_path, teacher={"store_path": str(tmp_path / "shared")}))
+    shared.open()
+    assert shared.teacher == tmp_path / "shared" and not shared.teacher.exists()
+    assert shared.report.parent == shared.notes == shared.path / "teacher" and shared.notes.is_dir()
+    own = RunFolder(configured(tmp_path))
+    assert own.teacher == own.notes == own.path / "teacher"
+
+
 # --- files ---
 
 
