@@ -87,8 +87,11 @@ def _is_number(value: float | None) -> bool:
 
 
 def agreement(matrix: Matrix) -> float | None:
-    """Spearman's rank correlation of teacher and student off the diagonal; None where one of them is constant."""
-    off = ~np.eye(len(matrix.teacher), dtype=bool)
+    """Spearman's rank correlation of teacher and student off the diagonal; None where one of them is constant.
+
+    Entries that the teacher does not know (NaN) are left out.
+    """
+    off = ~np.eye(len(matrix.teacher), dtype=bool) & ~np.isnan(matrix.teacher)
     teacher, student = matrix.teacher[off], matrix.student[off]
     if len(teacher) < 2 or np.ptp(teacher) == 0 or not np.ptp(student) > 0:
         return None

@@ -25,6 +25,7 @@ from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import Tasks
 from flipkd_dist.run_folder import RunFolder, digest
 from flipkd_dist.stop import handling, stop_at_once
+from flipkd_dist.teach import check_teachable
 
 logger = logging.getLogger("flipkd_dist")
 POLL_S = 0.5
@@ -87,6 +88,8 @@ def place_runs(planned: list[PlannedRun], folder: Path) -> list[Run]:
         if name not in checked:
             try:
                 checked[name] = check_inputs(placed, load=placed.teacher not in loaded)
+                if one.row.kind == "classic":
+                    check_teachable(placed)
             except UserError as error:
                 raise UserError(f"row {name}: {error}") from None
             loaded.append(placed.teacher)

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from mteb.models import ModelMeta
+import torch
+from torch import Tensor
 
 
 class MtebModel:
@@ -28,7 +26,8 @@ class MtebModel:
         self.encoder, self.name, self.revision, self.options = encoder, name, revision, options
 
     @cached_property
-    def mteb_model_meta(self) -> "ModelMeta":
+    def mteb_model_meta(self) -> Any:
+        """MTEB's `ModelMeta`."""
         from mteb.models import ModelMeta
         from mteb.models.model_meta import ScoringFunction
 
@@ -44,20 +43,18 @@ class MtebModel:
         texts = [text for batch in inputs for text in batch["text"]]
         return self.encoder.encode(texts, **self.options)
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> "torch.Tensor":
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosines of all pairs, [N1, N2]."""
         one, other = _tensors(embeddings1, embeddings2)
         return one @ other.T
 
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> "torch.Tensor":
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Cosines row by row, [N]."""
         one, other = _tensors(embeddings1, embeddings2)
         return (one * other).sum(-1)
 
 
-def _tensors(*vectors: Any) -> "list[torch.Tensor]":
+def _tensors(*vectors: Any) -> list[Tensor]:
     """As fp32 tensors of unit rows, at least two axes each."""
-    import torch
-
     found = [torch.atleast_2d(torch.as_tensor(part, dtype=torch.float32)) for part in vectors]
     return [torch.nn.functional.normalize(part, dim=-1) for part in found]
