@@ -22,11 +22,11 @@ done
 # The second teacher: the first one, fine-tuned on the training pairs.
 flipkd teach "$config" "name=$name-taught" "$@"
 
-flipkd compare "$config" --seeds 5 --sweep loss.margin=0,0.02,0.04,0.06,0.08,0.10 \
+flipkd compare "$config" --seeds 5 --sweep loss.margin=0,0.02,0.04,0.08,0.10 \
   --teachers "runs/$name-taught/taught" --checkpoints 5 "$@"
 
 # Texts alone, read as the first text of a pair; the teacher beside them.
-alone=(student.mode=alone "student.prompt='same question? {text} |'")
+alone=(student.mode=alone "student.prompt='same question? {text} |'" 'student.answers=["Yes", "No"]')
 flipkd run "$config" "name=$name-lora_a" "${alone[@]}" student.readout=lora_a "$@"
 flipkd run "$config" "name=$name-lasttoken" "${alone[@]}" student.readout=lasttoken "$@"
 flipkd run "$config" "name=$name-mean" "${alone[@]}" student.readout=mean student.bidirectional=true "$@"
