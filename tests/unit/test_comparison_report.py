@@ -95,6 +95,16 @@ def test_the_table_has_a_cell_for_each_metric(page, summary):
     assert "p &lt; 0.001" in flip and " ± " in flip
 
 
+def test_an_encoder_without_runs_is_missed_where_it_could_stand():
+    found = comparison(seeds=[1], checkpoints=1, sweep=(), names=("classic", REFERENCE, "flip"))
+    found = replace(found, rows=[replace(row, runs=row.runs * (row.row.name != "classic")) for row in found.rows])
+    summary = summarise(found, results(found), failures={"classic": "no room"})
+    lines = {(table.split, table.reading): [line.name for line in table.lines] for table in summary.tables}
+    assert lines["test", "p_match"] == [REFERENCE, "flip"]
+    assert lines["test", "similarity"] == ["classic", REFERENCE, "flip"]
+    assert summary.tables[1].lines[0].failure == "no room"
+
+
 def test_passwords_stay_out(page, summary):
     assert "secret" not in page and "secret" not in markdown(summary) and "://…@host" in page
 
