@@ -1,6 +1,7 @@
 """A student tuned as a whole: its parameters, its folder in plain transformers, and what is refused."""
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -111,6 +112,8 @@ def test_of_the_output_matrix_two_rows_are_new(saved):
     assert torch.equal(written["lm_head.weight"][rows], matrix[rows])
     assert torch.equal(written["lm_head.weight"][encoder.answer_ids], student.answer_rows.data)
     assert not torch.equal(written["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["dtype"]) == (False, "float32")
 
 
 def test_a_large_folder_comes_in_shards(saved, tmp_path, monkeypatch):
