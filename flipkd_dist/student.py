@@ -208,7 +208,10 @@ def default_encoder(targets: list[str]) -> str:
 
 
 def read_both_ways(model: nn.Module) -> None:
-    """Let every token see those behind it, in masks that transformers makes (`config`) and in sdpa without one."""
+    """Let every token see those behind it: in masks that transformers makes, and in sdpa where there is none.
+
+    Some classes hand the configuration's word on to their attention, some ask the attention itself.
+    """
     model.config.is_causal = False
     for module in model.modules():
         if hasattr(module, "is_causal"):

@@ -213,10 +213,12 @@ def test_l_sup_of_texts_alone(dtype, seed):
     b[0], b[1] = 2 * a[0] + 0.02 * b[0], -a[1] + 0.02 * b[1]
     labels = torch.tensor([0, 1, 1, 0, 1, 0])
     sides = [torch.tensor(side, dtype=dtype, requires_grad=True) for side in (a, b)]
-    total = losses.supervised_sum(losses.alone_logits(*sides), labels)
+    logits = losses.alone_logits(*sides)
+    total = losses.supervised_sum(logits, labels)
     exact = [torch.tensor(side, requires_grad=True) for side in (a, b)]
     p = (1 + torch.cosine_similarity(*exact, dim=1)) / 2
     want = -torch.where(labels == 1, p, 1 - p).log().sum()
+    torch.testing.assert_close(logits.double(), torch.stack([p, 1 - p], dim=1).log(), rtol=0, atol=1e-4)
     relative = 1e-4 if dtype == torch.float32 else 1e-8
     assert total.item() == pytest.approx(want.item(), rel=relative) and p[0] > 0.999 and p[1] < 1e-3
     for found, wanted in zip(grad(total, sides), grad(want, exact), strict=True):

@@ -107,6 +107,7 @@ def test_directions_differ_and_texts_do_not_see_each_other(folders, bidirectiona
     vectors = {}
     for reads in READS:
         student, encoder = alone(folders["glm"], reads, bidirectional)
+        assert bidirectional != any(getattr(part, "is_causal", False) for part in student.model.modules())
         make_batch = BatchMaker(encoder, student, True)
         alone_, other = (student(**make_batch(pairs).tensors("cpu"))[1] for pairs in (PAIRS[:1], PAIRS))
         torch.testing.assert_close(alone_[0], other[0], rtol=1e-5, atol=1e-6)
