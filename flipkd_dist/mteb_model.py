@@ -8,7 +8,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from mteb.models import ModelMeta
 
 
 class MtebModel:
@@ -28,7 +27,8 @@ class MtebModel:
         self.encoder, self.name, self.revision, self.options = encoder, name, revision, options
 
     @cached_property
-    def mteb_model_meta(self) -> "ModelMeta":
+    def mteb_model_meta(self) -> Any:
+        """MTEB's ModelMeta: the name and revision under which results are kept, and that vectors compare by cosine."""
         from mteb.models import ModelMeta
         from mteb.models.model_meta import ScoringFunction
 
