@@ -27,7 +27,7 @@ class MtebModel:
 
     @cached_property
     def mteb_model_meta(self) -> Any:
-        """MTEB's `ModelMeta`."""
+        """MTEB's ModelMeta: the name and revision under which results are kept, and that vectors compare by cosine."""
         from mteb.models import ModelMeta
         from mteb.models.model_meta import ScoringFunction
 

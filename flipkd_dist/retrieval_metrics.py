@@ -26,9 +26,7 @@ def query_metrics(judged: Judgements, run: Run, top_k: int) -> Iterator[dict[str
 
     recalls = ",".join(str(k) for k in RECALLS)
     measures = {f"ndcg_cut.{CUT}", "recip_rank", "map", f"recall.{recalls}"}
-    # The library knows no grade below 0, which some collections give to spam.
-    grades = {query: {name: max(grade, 0) for name, grade in own.items()} for query, own in judged.items()}
-    found = pytrec_eval.RelevanceEvaluator(grades, measures).evaluate({query: run.get(query, {}) for query in judged})
+    found = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate({query: run.get(query, {}) for query in judged})
     for query in judged:
         own = found[query]
         reciprocal = own["recip_rank"]

@@ -96,7 +96,7 @@ class ApproximateIndex:
         count, width = vectors.shape
         if kind == "hnsw":
             self.index = faiss.IndexHNSWFlat(width, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-            self.index.hnsw.efConstruction = 200
+            self.index.hnsw.efConstruction = 100
         else:
             cells = max(1, min(int(4 * count**0.5), count // POINTS_PER_CELL))
             self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)

@@ -65,12 +65,14 @@ def test_keys_order_and_come_back():
 def test_an_index_finds_most_and_scores_exactly(kind):
     centres = unit(40, 32)
     draw = np.random.default_rng(3)
-    vectors = centres[draw.integers(40, size=3000)] + draw.normal(0, 0.05, (3000, 32)).astype(np.float32)
+    vectors = centres[draw.integers(40, size=1000)] + draw.normal(0, 0.05, (1000, 32)).astype(np.float32)
+    vectors = vectors[draw.integers(1000, size=3000)]  # each about three times
     queries = centres[:20] + np.float32(0.01)
     scores, rows = ApproximateIndex(kind, vectors).search(queries, 10)
     exact_scores, exact = exact_search(queries, vectors, 10)
     assert recall_against(rows, exact) > 0.9
-    assert (np.diff(scores, axis=1) <= 0).all()
+    for own, values in zip(rows, scores, strict=True):
+        assert sorted(range(10), key=lambda place: (-values[place], own[place])) == [*range(10)]
     same = rows == exact
     assert same.mean() > 0.5 and np.array_equal(scores[same], exact_scores[same])
 
