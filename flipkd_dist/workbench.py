@@ -98,6 +98,6 @@ def check_tuning(config: RunConfig, bf16: bool) -> None:
             "student.tuning: full in bf16 needs the fp32 master weights that DeepSpeed keeps: name a file in "
             "distributed.deepspeed, or set train.bf16 to false"
         )
-    for key in ("lora_r", "lora_alpha", "lora_target_modules", "encoder_module"):
+    for key in ("lora_r", "lora_alpha", "lora_target_modules"):
         if getattr(config.student, key) is not None:
             logger.warning("warning: student.%s does not apply: with student.tuning: full there is no LoRA", key)

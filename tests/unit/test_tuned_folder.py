@@ -216,9 +216,9 @@ def test_settings_of_lora_are_named(saved, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="flipkd_dist"):
         check_tuning(config_of(saved[2]), bf16=False)
         assert not caplog.messages
-        check_tuning(config_of(saved[2], lora_r=8, encoder_module="q_proj"), bf16=False)
+        check_tuning(config_of(saved[2], lora_r=8, lora_alpha=8.0), bf16=False)
     # A set: pytest may listen at the logger and at the root, where an earlier test has stopped propagation.
-    assert {text.split()[1] for text in caplog.messages} == {"student.lora_r", "student.encoder_module"}
+    assert {text.split()[1] for text in caplog.messages} == {"student.lora_r", "student.lora_alpha"}
 
 
 def test_the_card_says_that_no_base_is_needed(saved):
