@@ -68,7 +68,7 @@ def chosen_rows(
         settings: `ROW.dotted.key=value` each, over what the row changes; those of `flip` are its sweeps' and further
             teachers' too.
     Raises:
-        UserError: an unknown row or setting, with the nearest name; a value out of range; a setting that all rows share.
+        UserError: an unknown row or setting, with the nearest name; a value out of range; what all rows share.
     """
     if config.student.tuning == "full":
         raise UserError(

@@ -165,8 +165,8 @@ def _notes(comparison: Comparison, results: Results, failures: dict[str, str]) -
     seeds = [len(row.runs) for row in comparison.rows if row.row.name in (FLIP, results.reference)]
     if seeds and min(seeds) < DECIDING_SEEDS:
         notes.append(
-            f"with fewer than {DECIDING_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed would "
-            "say the same is not known"
+            f"with fewer than {DECIDING_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed "
+            "would say the same is not known"
         )
     if note := uneven_checkpoints(comparison):
         notes.append(note)

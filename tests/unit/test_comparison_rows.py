@@ -192,7 +192,7 @@ def test_a_base_that_cannot_be_tuned_in_full_and_settings_that_full_tuning_has_n
     small = with_overrides(CONFIG, ["student.load_in_4bit=true"], "test")
     assert "full_sup" not in [row.name for row in chosen_rows(small)]
     assert caplog.messages == ["row full_sup: left out: a base in 4 bits cannot be tuned in full"]
-    with pytest.raises(UserError, match="row full_sup: .*load_in_4bit"):
+    with pytest.raises(UserError, match=r"row full_sup: .*load_in_4bit"):
         chosen_rows(small, ["full_sup"])
     with pytest.raises(UserError, match=r"^student\.tuning: a table's rows are LoRA's.*leave it out"):
         chosen_rows(with_overrides(CONFIG, ["student.tuning=full"], "test"))
