@@ -6,14 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flipkd_dist import comparison_report
-from flipkd_dist.comparison import Comparison, Row
+from flipkd_dist.comparison import ENCODERS, Comparison, Row
 from flipkd_dist.comparison_reading import INDEX, SPLITS, read_comparison
-from flipkd_dist.comparison_rows import ENCODERS, chosen_rows, planned_runs, settings_of
+from flipkd_dist.comparison_rows import chosen_rows, planned_runs, settings_of
 from flipkd_dist.comparison_runs import Run, Runner, place_runs
 from flipkd_dist.config import RunConfig
+from flipkd_dist.durable import one_at_a_time
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.pipeline import absolute_paths
-from flipkd_dist.ray_launch import check_room, join_or_start_ray, places
+from flipkd_dist.ray_launch import check_room, join_or_start_ray, runs_at_once
 from flipkd_dist.run_folder import RunFolder, read_json, write_json
 from flipkd_dist.score_stage import fill_stores
 from flipkd_dist.statistics import compare_rows, table
@@ -38,15 +39,22 @@ def compare(
         names, sweeps, teachers, settings: as `comparison_rows.chosen_rows` takes them.
         jobs: the most runs at once; None for what the cluster has room for.
     Raises:
-        UserError: before anything is started or written.
-        StoppedOnRequest: asked to stop; the next call goes on.
+        UserError: before anything is written.
+        StoppedOnRequest, StoppedAtOnce: asked to stop, or a run was; the next call goes on.
     """
     made = Table(config, chosen_rows(config, names, sweeps, teachers, settings), num_seeds)
-    if all(run.is_finished for run in made.runs):
-        made.open()
-    else:
-        made.make(jobs)
-    made.conclude()
+    is_finished = all(run.is_finished for run in made.runs)
+    busy = f"{made.folder.path}: another `flipkd compare` is at work there: wait for it, or choose another name"
+    try:
+        if not is_finished:
+            made.join()
+        with one_at_a_time(made.folder.path, busy):
+            made.open()
+            if not is_finished:
+                made.make(jobs)
+            made.conclude()
+    except KeyboardInterrupt:  # as any other signal that asks to stop
+        raise StoppedAtOnce("stopped by SIGINT: run the same command again to go on") from None
     return made.say_failures() == 0
 
 
@@ -69,17 +77,21 @@ class Table:
         self.shared = _shared(config, self.folder.path, tracking_uri(self.config))
         self.runs = place_runs(planned_runs(self.shared, rows, num_seeds), self.folder.path)
 
-    def make(self, jobs: int | None) -> None:
-        """Make the runs; what ends this early leaves every finished one.
-
+    def join(self) -> None:
+        """
         Raises:
             UserError: the cluster has no room for a worker.
-            StoppedOnRequest
         """
         join_or_start_ray(self.shared, log_to_driver=False)
         for run in self.runs:
             check_room(run.config)
-        self.open()
+
+    def make(self, jobs: int | None) -> None:
+        """Make the runs on the joined cluster; what ends this early leaves every finished one.
+
+        Raises:
+            StoppedOnRequest
+        """
         tracker = RunLogger(tracking_uri(self.config), self._parent_run())
         tracker.reopen()
         for run in self.runs:
@@ -88,11 +100,11 @@ class Table:
             for run in self.runs:
                 if not run.is_finished and not is_scored(run.inputs):
                     fill_stores(run.inputs)
-            room = min(places(run.config) for run in self.runs)
-            Runner(self.runs, room if jobs is None else min(room, jobs), self.note).run()
+            Runner(self.runs, runs_at_once([run.config for run in self.runs], jobs), self.note).run()
             self.note()
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, StoppedOnRequest | StoppedAtOnce) else "FAILED")
+            stopped = isinstance(error, StoppedOnRequest | StoppedAtOnce | KeyboardInterrupt)
+            tracker.finish("KILLED" if stopped else "FAILED")
             raise
         tracker.finish("FAILED" if any(run.status == "failed" for run in self.runs) else "FINISHED")
 
@@ -131,7 +143,7 @@ class Table:
         comparison, folder = self.comparison(), self.folder.path
         results = compare_rows(comparison)
         write_json(folder / INDEX, {**read_json(folder / INDEX), "results": results.as_dict()})
-        comparison_report.write(folder, comparison, results, self._flip(), self._failures())
+        comparison_report.write(folder, comparison, results, self._flip())
         print(table(results))
         print(f"\ncomparison folder: {folder}\nreport:            {folder / 'report.html'}")
         tracker = RunLogger(tracking_uri(self.config), (read_json(folder / RUN_FILE) or {}).get("run_id"))
@@ -149,15 +161,6 @@ class Table:
 
     def _flip(self) -> RunConfig:
         return next((run.config for run in self.runs if run.row.name == "flip"), self.shared)
-
-    def _failures(self) -> dict[str, str]:
-        """By row: why it has fewer runs than it should."""
-        found: dict[str, str] = {}
-        for run in self.runs:
-            if run.status == "failed":
-                before = f"{found[run.row.name]}; " if run.row.name in found else ""
-                found[run.row.name] = f"{before}seed {run.planned.seed}: {run.reason}"
-        return found
 
     def say_failures(self) -> int:
         """One line for each run that has failed; how many there are."""

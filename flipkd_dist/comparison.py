@@ -11,8 +11,12 @@ import numpy as np
 from flipkd_dist.pairs import PairTable
 
 READINGS = ("p_match", "similarity")  # the two answers of a student; an encoder has the second alone
+READING_NAMES = {"p_match": "p(match)", "similarity": "read-out cosine"}
 METRICS = ("accuracy", "f1", "roc_auc")
 REFERENCE = "lora_sup"  # the row that all are tested against
+ENCODERS = ("teacher", "overlap")  # kinds of row whose scores stand in the predictions of every run
+WITHOUT_P_MATCH = (*ENCODERS, "classic")  # kinds of row
+DECIDING_SEEDS = 3  # from so many common seeds on, the t-test has its say
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import re
 
-from flipkd_dist.comparison import READINGS, MetricResult
+from flipkd_dist.comparison import READING_NAMES, READINGS, MetricResult
 from flipkd_dist.comparison_finds import JudgedPair, results_of
-from flipkd_dist.comparison_summary import SPLITS, Summary
+from flipkd_dist.comparison_summary import SPLIT_TITLES, Summary
 from flipkd_dist.comparison_summary import Table as ResultTable
-from flipkd_dist.comparison_words import METRIC_NAMES, READING_NAMES, difference_text, duration, mean_text, p_text, size
+from flipkd_dist.comparison_words import METRIC_NAMES, difference_text, duration, mean_text, p_text, size
 from flipkd_dist.page import SHOWN, shown
 
 
@@ -50,7 +50,7 @@ def _results(table: ResultTable, summary: Summary) -> list[str]:
         if line.failure:
             name += f", failed: {escaped(line.failure)}"
         lines.append([name, *(_cell(line.metrics.get(metric)) for metric in METRIC_NAMES)])
-    title = f"## {SPLITS[table.split]}: {READING_NAMES[table.reading]}"
+    title = f"## {SPLIT_TITLES[table.split]}: {READING_NAMES[table.reading]}"
     return [title, "", *_table(["row", *METRIC_NAMES.values()], lines)]
 
 

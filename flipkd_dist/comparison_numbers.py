@@ -72,6 +72,22 @@ def not_finite(comparison: Comparison) -> dict[str, int]:
     return {name: number for name, number in lost.items() if number}
 
 
+def uneven_checkpoints(comparison: Comparison) -> str | None:
+    """What a reader has to know where students' runs do not average equally many checkpoints."""
+    numbers = {
+        f"{row.row.name} seed {run.seed}": len(run.steps)
+        for row in comparison.rows
+        if row.row.kind == "student"
+        for run in row.runs
+    }
+    most = max(numbers.values(), default=0)
+    fewer = [f"{name} of {number}" for name, number in numbers.items() if number < most]
+    if not fewer:
+        return None
+    others = f" and {len(fewer) - 3} more" if len(fewer) > 3 else ""
+    return f"runs are means over {most} checkpoints, but {', '.join(fewer[:3])}{others}: fewer were kept or made"
+
+
 def is_cosine_alone(comparison: Comparison) -> bool:
     """Whether p(match) of flip is (1 + cosine) / 2 and says nothing of its own."""
     row = comparison.row(FLIP)

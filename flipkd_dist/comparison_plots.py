@@ -5,10 +5,10 @@ from functools import partial
 
 import numpy as np
 
-from flipkd_dist.comparison import READINGS, Matrix, Results
+from flipkd_dist.comparison import READING_NAMES, READINGS, Matrix, Results
 from flipkd_dist.comparison_finds import Sweep, results_of, sweep_values
 from flipkd_dist.comparison_numbers import FLIP, GRID, KINDS, Curve, Distribution, Reliability
-from flipkd_dist.comparison_words import METRIC_NAMES, READING_NAMES
+from flipkd_dist.comparison_words import METRIC_NAMES
 from flipkd_dist.plot_svg import (
     FAINT,
     INK,

@@ -16,6 +16,7 @@ from flipkd_dist.planner_devices import GIB
 from flipkd_dist.run_folder import read_json
 
 INDEX = "comparison.json"
+MATRIX = "similarity_matrix.json"
 SPLITS = ("validation", "test")
 COLUMNS = {"teacher": "teacher", "overlap": "token_overlap"}  # of the predictions, by kind of row
 
@@ -45,7 +46,7 @@ def read_comparison(folder: Path, pairs: dict[str, PairTable] | None = None) -> 
         else:
             scores = [_run_scores(seed, path, pairs) for seed, path in runs]
         rows.append(RowScores(row, scores))
-        if row.kind not in COLUMNS and runs and (matrix := _matrix(runs[0][1])):
+        if row.kind not in COLUMNS and runs and (matrix := read_matrix(runs[0][1])):
             matrices[row.name] = matrix
     return Comparison(index["name"], pairs, rows, matrices)
 
@@ -112,8 +113,9 @@ def read_cost(path: Path) -> Cost | None:
     return Cost(seconds, round(tokens), round(peak * GIB), sum(math.prod(shape) for shape in shapes.values()))
 
 
-def _matrix(path: Path) -> Matrix | None:
-    found = read_json(path / "similarity_matrix.json")
+def read_matrix(path: Path) -> Matrix | None:
+    """A run's matrix, NaN where a teacher of pairs knows nothing; None where the run has none."""
+    found = read_json(path / MATRIX)
     if found is None:
         return None
     return Matrix(found["pairs"], np.array(found["teacher"], np.float64), np.array(found["student"], np.float64))

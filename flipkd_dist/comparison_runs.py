@@ -22,7 +22,7 @@ from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.model_files import one_line
 from flipkd_dist.pipeline import Pipeline, absolute_paths
 from flipkd_dist.preflight import Inputs, check_inputs
-from flipkd_dist.ray_launch import Tasks
+from flipkd_dist.ray_launch import Tasks, trains_in_task
 from flipkd_dist.run_folder import RunFolder, digest
 from flipkd_dist.stop import handling, stop_at_once
 from flipkd_dist.teach import check_teachable
@@ -160,7 +160,7 @@ class Runner:
     def run(self) -> None:
         """
         Raises:
-            StoppedOnRequest: asked to stop; every run in work has written its checkpoint.
+            StoppedOnRequest: asked to stop, or a run was asked by itself; it has written its checkpoint.
         """
         for run in self.runs:
             run.status = "done" if run.is_finished else "waiting"
@@ -176,7 +176,7 @@ class Runner:
                     bar.update()
                 if self.stopping:
                     self._ask_to_stop()
-        if self.stopping and any(run.status in ("waiting", "stopped") for run in self.runs):
+        if any(run.status in ("waiting", "stopped") for run in self.runs):
             finished = sum(run.status == "done" for run in self.runs)
             raise StoppedOnRequest(
                 f"stopped on request with {finished} of {len(self.runs)} runs finished: run the same command again "
@@ -193,14 +193,15 @@ class Runner:
             teacher = teaching_run(self.runs, run.planned.seed) if run.row.kind == "classic" else None
             if teacher is not None and teacher.status in ("waiting", "running"):
                 continue
-            if teacher is not None and teacher.status == "failed":
-                run.status, run.reason = "failed", f"{REFERENCE} of the same seed has failed"
+            if teacher is not None and teacher.status != "done":  # failed, or stopped by itself
+                run.status, run.reason = teacher.status, f"{REFERENCE} of the same seed has {teacher.status}"
                 continue
             run.status, run.started = "running", time.monotonic()
             run.folder.stop.unlink(missing_ok=True)
             taught_by = None if teacher is None else str(teacher.folder.path)
             values = run.config.model_dump(mode="json")
-            self.tasks.start(run, run.config, values, run.row.kind, taught_by, run.key)
+            computes = run.row.kind == "classic" or trains_in_task(run.config)
+            self.tasks.start(run, run.config, computes, values, run.row.kind, taught_by, run.key)
         return not self.stopping and any(run.status == "waiting" for run in self.runs)
 
     def _ended(self, run: Run, result: Any) -> None:

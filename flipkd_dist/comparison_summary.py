@@ -7,7 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from flipkd_dist.comparison import READINGS, Comparison, MetricResult, Results, Row, RowScores
+from flipkd_dist.comparison import (
+    DECIDING_SEEDS,
+    READINGS,
+    WITHOUT_P_MATCH,
+    Comparison,
+    MetricResult,
+    Results,
+    Row,
+    RowScores,
+)
 from flipkd_dist.comparison_finds import JudgedPair, agreement, results_of, sweeps, won_and_lost
 from flipkd_dist.comparison_numbers import (
     FLIP,
@@ -18,15 +27,15 @@ from flipkd_dist.comparison_numbers import (
     not_finite,
     reliability,
     table_of,
+    uneven_checkpoints,
 )
 from flipkd_dist.comparison_plots import Drawn
-from flipkd_dist.comparison_words import FEW_SEEDS, headline
+from flipkd_dist.comparison_words import headline
 from flipkd_dist.config import RunConfig
 from flipkd_dist.evaluate import hard_negatives
 
 LIBRARIES = ("flipkd_dist", "torch", "transformers", "peft", "scikit-learn", "scipy", "numpy")
-SPLITS = {"test": "Test pairs", "test_hard": "Matches and hard non-matches"}
-ENCODERS = ("teacher", "overlap", "classic")  # kinds without a p(match)
+SPLIT_TITLES = {"test": "Test pairs", "test_hard": "Matches and hard non-matches"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def summarise(
 
 def _tables(comparison: Comparison, results: Results, failures: dict[str, str]) -> list[Table]:
     tables = []
-    for split in SPLITS:
+    for split in SPLIT_TITLES:
         for reading in READINGS:
             lines = [_line(row, results, failures, reading, split) for row in comparison.rows]
             if any(line and line.metrics for line in lines):
@@ -140,7 +149,7 @@ def _line(row: RowScores, results: Results, failures: dict[str, str], reading: s
     found = results_of(results, name, reading, split)
     if found is not None:
         return Line(name, title, found.metrics, failures.get(name))
-    if row.runs or (reading == "p_match" and row.row.kind in ENCODERS):
+    if row.runs or (reading == "p_match" and row.row.kind in WITHOUT_P_MATCH):
         return None
     return Line(name, title, {}, failures.get(name, "no run has finished"))
 
@@ -154,11 +163,13 @@ def _notes(comparison: Comparison, results: Results, failures: dict[str, str]) -
         for name, number in not_finite(comparison).items()
     ]
     seeds = [len(row.runs) for row in comparison.rows if row.row.name in (FLIP, results.reference)]
-    if seeds and min(seeds) < FEW_SEEDS:
+    if seeds and min(seeds) < DECIDING_SEEDS:
         notes.append(
-            f"with fewer than {FEW_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed would "
-            "say the same is not known"
+            f"with fewer than {DECIDING_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed "
+            "would say the same is not known"
         )
+    if note := uneven_checkpoints(comparison):
+        notes.append(note)
     table = table_of(comparison)
     if table is None or not len(table):
         notes.append("there are no test pairs")

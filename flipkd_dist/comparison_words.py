@@ -1,13 +1,11 @@
 """The figures of a comparison in words: what it says of flip, verdicts, p-values, durations."""
 
-from flipkd_dist.comparison import MetricResult, Results, RowResult
+from flipkd_dist.comparison import READING_NAMES, MetricResult, Results, RowResult
 from flipkd_dist.comparison_finds import results_of
 from flipkd_dist.comparison_numbers import FLIP
 
-READING_NAMES = {"p_match": "p(match)", "similarity": "read-out cosine"}
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "roc_auc": "ROC-AUC"}
 VERDICTS = ("better", "worse", "no difference")
-FEW_SEEDS = 3  # fewer: the t-test over seeds does not take part
 
 
 def headline(results: Results) -> list[str]:

@@ -89,15 +89,20 @@ def sweep(drafts: Iterable[Path]) -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path, refusal: str | None = None) -> Iterator[None]:
     """Wait until nobody else holds this folder, by the file `.lock` in it; without locks nothing is waited for.
 
+    Args:
+        refusal: the error to raise instead of waiting.
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full; `refusal`.
     """
     with room_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab")
     with file:
-        _locked(file, wait=True)
+        try:
+            _locked(file, wait=refusal is None)
+        except BlockingIOError:
+            raise UserError(refusal) from None
         yield

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
@@ -71,6 +71,17 @@ def worker_resources(config: RunConfig) -> dict[str, float]:
     if resources.get("GPU", 0) > 1:
         raise UserError("distributed.resources_per_worker: a worker drives one GPU: set GPU to 1 and raise num_workers")
     return resources
+
+
+def task_options(resources: dict[str, float]) -> dict[str, Any]:
+    """What `ray.remote` calls these resources."""
+    own = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory")}
+    return {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "memory": resources.get("memory") or None,  # bytes
+        "resources": own,
+    }
 
 
 def _worker(work: dict[str, Any]) -> None:
@@ -168,18 +179,25 @@ def places(config: RunConfig) -> int:
     return max(1, min((int(have.get(key, 0) // amount) for key, amount in each.items()), default=1))
 
 
+def runs_at_once(configs: Sequence[RunConfig], jobs: int | None) -> int:
+    """As many of these runs as there is room for, and no more than `jobs`; where nodes can be added, just `jobs`."""
+    if jobs is not None and autoscales():
+        return jobs
+    room = min(places(config) for config in configs)
+    return room if jobs is None else min(room, jobs)
+
+
 class Tasks:
     """Calls of one function on the cluster, each in a process of its own; a process that is free takes the next."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function, self.running = function, {}
 
-    def start(self, key: Any, config: RunConfig, *arguments: Any) -> None:
-        """Call the function with `arguments`; a run that trains inside the task takes a worker's resources."""
+    def start(self, key: Any, config: RunConfig, computes: bool, *arguments: Any) -> None:
+        """Call the function with `arguments`; a call that `computes` by itself takes a worker's resources."""
         import ray
 
-        need = worker_resources(config) if trains_in_task(config) else {}
-        options = {"num_cpus": need.pop("CPU", 0), "num_gpus": need.pop("GPU", 0), "resources": need}
+        options = task_options(worker_resources(config) if computes else {})
         task = ray.remote(max_retries=0, **options)(self.function)  # with GPUs, Ray takes a new process for each call
         self.running[task.remote(*arguments)] = key
 

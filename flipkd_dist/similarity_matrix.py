@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from flipkd_dist.comparison import Matrix
+from flipkd_dist.comparison_reading import MATRIX
 from flipkd_dist.evaluate import pair_texts
 from flipkd_dist.pairs import PairTable
-from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.run_folder import write_json
 from flipkd_dist.teacher_stage import open_signals
 from flipkd_dist.workbench import Workbench
 
-FILE = "similarity_matrix.json"
 SIZE, SIDE_BY_SIDE = 32, 4  # pairs at most; those of one group, while there are other groups
 
 
@@ -72,12 +72,6 @@ def write_matrix(folder: Path, matrix: Matrix) -> None:
     def rows(values: np.ndarray) -> list[list[float | None]]:
         return [[None if math.isnan(value) else value for value in row] for row in values.tolist()]
 
-    write_json(folder / FILE, {"pairs": matrix.pairs, "teacher": rows(matrix.teacher), "student": rows(matrix.student)})
-
-
-def read_matrix(folder: Path) -> Matrix | None:
-    """A run's matrix, NaN where a teacher of pairs knows nothing; None where the run has none."""
-    kept = read_json(folder / FILE)
-    if kept is None:
-        return None
-    return Matrix(kept["pairs"], np.array(kept["teacher"], float), np.array(kept["student"], float))
+    write_json(
+        folder / MATRIX, {"pairs": matrix.pairs, "teacher": rows(matrix.teacher), "student": rows(matrix.student)}
+    )

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flipkd_dist.comparison import (
+    DECIDING_SEEDS,
     METRICS,
+    READING_NAMES,
     READINGS,
     REFERENCE,
     Comparison,
@@ -24,15 +26,15 @@ from flipkd_dist.comparison import (
     RowScores,
     RunScores,
 )
+from flipkd_dist.comparison_numbers import uneven_checkpoints
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import binary_metrics, parts_by_kind, thresholds_from
 from flipkd_dist.pairs import PairTable
 from flipkd_dist.significance import difference, draw, holm, interval, paired_t_test, resampled_metrics, two_sided_p
 
 logger = logging.getLogger("flipkd_dist")
-HEADLINES = {"p_match": "p(match)", "similarity": "similarity of the read-outs"}
-WIDTH = 28  # of a row's title
-DECIDING_SEEDS = 3  # from so many common seeds on, the t-test has its say
+RESAMPLES = 10_000
+WIDTH = 28  # of a row's name, and of longer ones what the longest has
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +49,26 @@ class _Answers:
     share: np.ndarray  # [S], of a checkpoint in the row's mean
 
 
-def compare_rows(comparison: Comparison, alpha: float = 0.01, resamples: int = 10_000, seed: int = 0) -> Results:
+def compare_rows(comparison: Comparison, alpha: float = 0.01, resamples: int | None = None, seed: int = 0) -> Results:
     """Means, differences from the reference row, p-values and verdicts for every table, reading and metric.
 
     Args:
         alpha: level of significance; the paper's is 0.01.
-        resamples: of test pairs.
+        resamples: of test pairs; None for 10,000, or as many as so many rows need.
         seed: of the resampling, the only source of chance.
     Raises:
         UserError: so few resamples that no row could ever be called different.
     """
     results, num_tested = [], len(comparison.rows) - 1
     fewest = math.floor(2 * num_tested / alpha)
+    resamples = max(RESAMPLES, fewest) if resamples is None else resamples
     if resamples < fewest:
         raise UserError(
             f"resamples: with {resamples} no p-value corrected for {num_tested} rows can fall below {alpha}: "
             f"take {fewest} or more"
         )
+    if note := uneven_checkpoints(comparison):
+        logger.warning("warning: %s", note)
     pairs = comparison.pairs.get("test")
     for split, part in parts_by_kind(pairs, "test").items() if pairs is not None else ():
         counts = draw(int(part.sum()), resamples, seed)
@@ -204,23 +209,19 @@ def table(results: Results) -> str:
         for metric in METRICS:
             if metric in found.metrics:
                 blocks.setdefault((found.split, found.reading, metric), []).append(found)
-    parts = []
+    parts, width = [], max([WIDTH, *(len(found.name) for found in results.rows)])
     for (split, reading, metric), rows in blocks.items():
         parts.append(
-            f"{f'{split}, {HEADLINES[reading]}':<{WIDTH + 14}}{'mean':>8}{'sd':>8}{'difference':>12}"
+            f"{f'{split}, {READING_NAMES[reading]}':<{width + 14}}{'mean':>8}{'sd':>8}{'difference':>12}"
             f"{'95 % interval':>20}{'p':>8}  verdict"
         )
-        parts += [f"{_cut(row.title):<{WIDTH}}  {metric:<12}{_line(row.metrics[metric])}".rstrip() for row in rows]
+        parts += [f"{row.name:<{width}}  {metric:<12}{_line(row.metrics[metric])}".rstrip() for row in rows]
         parts.append("")
     parts.append(
         f"difference: from {results.reference}. p: two-sided, corrected for the number of rows; below "
         f"{results.alpha:g} a row is better or worse."
     )
     return "\n".join(parts)
-
-
-def _cut(title: str) -> str:
-    return title if len(title) <= WIDTH else f"{title[: WIDTH - 1]}…"
 
 
 def _line(value: MetricResult) -> str:

@@ -19,6 +19,8 @@ from flipkd_dist.run_folder import read_json, write_json
 logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 RUN_FILE = "mlflow.json"
+MOST_PARAMETERS = 100  # of one request
+LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to write a database that other runs are writing
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 
 
@@ -57,21 +59,39 @@ def start_run(config: RunConfig) -> str:
     """Create the training's MLflow run and log the configuration; the run's id. Called once, by the driver."""
     uri = tracking_uri(config)
     mlflow_client = client(uri)
-    experiment = mlflow_client.get_experiment_by_name(config.tracking.experiment)
+    from mlflow.entities import Param
+
+    experiment = _patiently(mlflow_client.get_experiment_by_name, config.tracking.experiment)
     if experiment is None:
         # A named store keeps its own place for artifacts; the one in the run folder has them beside it.
         database = Path(uri.removeprefix("sqlite:///"))
         location = (database.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
-        experiment_id = mlflow_client.create_experiment(config.tracking.experiment, artifact_location=location)
+        create = mlflow_client.create_experiment
+        experiment_id = _patiently(create, config.tracking.experiment, artifact_location=location)
     else:
         experiment_id = experiment.experiment_id
     parent = config.tracking.parent_run_id
     tags = {PARENT: parent} if parent else {}
-    run_id = mlflow_client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
-    for key, value in flatten(config.model_dump(mode="json")).items():
-        mlflow_client.log_param(run_id, key, value, synchronous=True)
-    mlflow_client.log_artifact(run_id, str(config.run_dir / "config.yaml"))
+    run_id = _patiently(mlflow_client.create_run, experiment_id, run_name=config.name, tags=tags).info.run_id
+    parameters = [Param(key, value) for key, value in flatten(config.model_dump(mode="json")).items()]
+    for start in range(0, len(parameters), MOST_PARAMETERS):
+        _patiently(
+            mlflow_client.log_batch, run_id, params=parameters[start : start + MOST_PARAMETERS], synchronous=True
+        )
+    _patiently(mlflow_client.log_artifact, run_id, str(config.run_dir / "config.yaml"))
     return run_id
+
+
+def _patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The call's result; where several runs write one SQLite file, again after a while."""
+    for wait_s in LOCKED_WAITS_S:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            if "database is locked" not in str(error):
+                raise
+        time.sleep(wait_s)
+    return call(*arguments, **options)
 
 
 def training_run(config: RunConfig, training: str) -> str:

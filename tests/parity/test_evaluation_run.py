@@ -12,11 +12,12 @@ from tiny import fill_store, save_student, save_teacher, write_pairs
 from flipkd_dist.adapter import AdapterCard
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.checkpoint import best_checkpoints, checkpoints
+from flipkd_dist.comparison_reading import read_matrix
 from flipkd_dist.config import RunConfig
 from flipkd_dist.evaluate import best_threshold, binary_metrics, hard_negatives, pair_texts, student_scores
 from flipkd_dist.evaluation import evaluate
 from flipkd_dist.preflight import check_inputs
-from flipkd_dist.similarity_matrix import matrix_pairs, read_matrix
+from flipkd_dist.similarity_matrix import matrix_pairs
 from flipkd_dist.student import load_student
 from flipkd_dist.train import train
 from flipkd_dist.world import World

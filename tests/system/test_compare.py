@@ -86,7 +86,7 @@ def test_killed_then_stopped_then_finished_nothing_is_done_twice(config):
     for path in folder.glob("rows/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
-    for row in ("token overlap", "teacher", "LoRA, L_sup", "flip"):
+    for row in ("overlap", "teacher", "lora_sup", "flip"):
         assert row in last.stdout
 
 
@@ -134,7 +134,7 @@ def test_a_row_that_fails_leaves_the_others(config):
     (flip / "checkpoints").write_text("in the way")
     found = call("compare", config, *options, "--rows", "lora_sup,flip", "--seeds", "1")
     assert found.returncode == 1, found.stderr[-3000:]
-    assert "failed: flip seed 42: " in found.stdout and "LoRA, L_sup" in found.stdout
+    assert "failed: flip seed 42: " in found.stdout and "lora_sup" in found.stdout
     statuses = [
         run["status"] for row in json.loads((folder / "comparison.json").read_text())["rows"] for run in row["runs"]
     ]

@@ -210,9 +210,18 @@ def test_settings_and_failures_are_taken_from_the_folder(tmp_path):
     found = comparison(seeds=[1], checkpoints=1, sweep=(0.02,), names=(REFERENCE, "flip", "flip-loss.margin-0.02"))
     (tmp_path / "config.yaml").write_text(CONFIG.to_yaml())
     runs = [{"status": "done", "reason": None}, {"status": "failed", "reason": "out of memory"}]
-    write_json(tmp_path / "comparison.json", {"rows": [{"name": "flip", "runs": runs}, {"name": "x", "runs": []}]})
+    write_json(
+        tmp_path / "comparison.json",
+        {
+            "rows": [
+                {"name": "flip", "kind": "student", "runs": runs},
+                {"name": "teacher", "kind": "teacher", "runs": runs},  # whose scores another run holds
+                {"name": "x", "kind": "student", "runs": []},
+            ]
+        },
+    )
     comparison_report.write(tmp_path, found, results(found))
     text = texts_of((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "flip failed: 1 of 2 runs: out of memory" in text and "x failed" not in text
+    assert "flip failed: 1 of 2 runs: out of memory" in text and "x failed" not in text and "teacher failed" not in text
     as_text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert re.search(r"^\| 0.02 \|.*\n\| 0.06 \|", as_text, re.MULTILINE) and "name: bank" in as_text

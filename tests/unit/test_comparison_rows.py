@@ -120,10 +120,82 @@ def test_a_setting_of_one_row_alone():
     found = by_name(["full_sup"], settings=["full_sup.train.learning_rate=3e-5", "lora_sup.student.answers=[a,b]"])
     assert settings_of(CONFIG, found["full_sup"]).train.learning_rate == 3e-5
     assert settings_of(CONFIG, found["lora_sup"]).student.answers == ["a", "b"]
-    said = mistake(["lora_sup"], settings=["full_sup.seed=1"])
+    said = mistake(["lora_sup"], settings=["full_sup.train.max_steps=1"])
     assert said.startswith("--set full_sup: no such row: the nearest is lora_sup")
     assert mistake(settings=["flip.loss.margn=1"]).startswith("row flip: unknown key loss.margn")
     assert mistake(settings=["flip.loss.margin"]).startswith("--set flip.loss.margin: write it as ROW.")
+
+
+def test_what_all_rows_share_is_no_rows_own():
+    for key in ("seed=1", "name=x", "output_dir=x", "tracking.experiment=x", "data.test=x.csv", "data.text_a=q"):
+        own = key.partition("=")[0]
+        wanted = f"--set flip.{key}: {own} is the same for all rows of a table: set it for all of them, {own}=VALUE"
+        assert mistake(settings=[f"flip.{key}"]) == wanted
+        assert mistake(sweeps=[key]) == wanted.replace("--set flip.", "--sweep ")
+    found = by_name(
+        ["flip"], settings=["flip.data.train=x.csv", "flip.data.max_length=9", "flip.distributed.timeout_s=5"]
+    )
+    assert found["flip"].overrides == {"data.train": "x.csv", "data.max_length": 9, "distributed.timeout_s": 5}
+    said = mistake(settings=["teacher.teacher.batch_size=2"])
+    assert said.startswith("--set teacher.teacher.batch_size=2: teacher is no run of its own: set it for all rows, ")
+
+
+def test_a_setting_of_flip_is_that_of_its_sweep_and_of_its_teachers():
+    options = dict(sweeps=["loss.margin=0.02,0.06"], teachers=["a/b"], settings=["flip.train.max_steps=7"])
+    found = by_name(["no_mcl"], **options)
+    steps = {name: settings_of(CONFIG, row).train.max_steps for name, row in found.items()}
+    sevens = {"flip", "flip-loss.margin-0.02", "flip-a-b"}
+    assert steps == {**dict.fromkeys(["lora_sup", "no_mcl", "teacher-a-b"], -1), **dict.fromkeys(sevens, 7)}
+    found = by_name(["flip"], sweeps=["loss.margin=0.02,0.06"], settings=["flip.loss.margin=0.02"])
+    margins = {name: settings_of(CONFIG, row).loss.margin for name, row in found.items() if name != "lora_sup"}
+    assert margins == {"flip": 0.02, "flip-loss.margin-0.06": 0.06}
+
+
+def test_a_formula_is_of_what_the_row_trains_on():
+    found = by_name(["flip", "no_mcl"], settings=["flip.loss.dist_weight=0.5", "flip.loss.contrastive=infonce"])
+    assert found["flip"].formula.startswith("L_sup + 0.5 L_dist + 0.1 L_infonce; ") and "Oord" in found["flip"].source
+    assert found["no_mcl"].formula.startswith("L_sup + 0.1 L_dist; ") and "L_mcl" not in found["no_mcl"].formula
+    [unsupervised] = [
+        row
+        for row in chosen_rows(with_overrides(CONFIG, ["loss.sup_weight=0", "loss.dist_weight=1"], "test"), ["flip"],
+                               settings=["lora_sup.loss.sup_weight=2"])
+        if row.name == "flip"
+    ]  # fmt: skip
+    assert unsupervised.formula.startswith("L_dist + 0.1 L_mcl; ") and "p(y)" not in unsupervised.formula
+    alone = with_overrides(CONFIG, ["student.mode=alone"], "test")
+    assert all("p = (1 + cos θᵢᵢ)/2" in row.formula for row in chosen_rows(alone) if row.kind == "student")
+    assert by_name(["no_filter"])["no_filter"].formula.endswith("; all φ = 1")
+    changed = ["flip.loss.mcl_symmetric=true", "flip.loss.mcl_negative_margin=anchor"]
+    assert by_name(["flip"], settings=changed)["flip"].formula.endswith(
+        "; τᵢᵢ in place of τᵢⱼ; L_mcl is the mean of both directions"
+    )
+
+
+def test_rows_that_would_train_the_same_are_trained_once(caplog):
+    caplog.set_level("INFO", "flipkd_dist")
+    plain = with_overrides(CONFIG, ["loss.threshold=null", "loss.dist_weight=0"], "test")
+    rows = [row.name for row in chosen_rows(plain, ["flip", "no_mcl", "no_dist", "no_filter", "classic"])]
+    assert rows == ["lora_sup", "flip", "classic"]
+    assert [message.split(": ")[0] for message in caplog.messages] == ["row no_mcl", "row no_dist", "row no_filter"]
+    assert "its settings are those of lora_sup" in caplog.messages[0]
+    # Settings of losses that have no weight make no difference.
+    without = with_overrides(CONFIG, ["loss.mcl_weight=0"], "test")
+    rows = [row.name for row in chosen_rows(without)]
+    assert rows == ["overlap", "teacher", "untrained", "full_sup", "lora_sup", "flip", "no_filter", "classic"]
+
+
+def test_a_base_that_cannot_be_tuned_in_full_and_settings_that_full_tuning_has_not(caplog):
+    caplog.set_level("INFO", "flipkd_dist")
+    named = with_overrides(CONFIG, ["student.encoder_module=q_proj"], "test")
+    full = next(row for row in chosen_rows(named) if row.name == "full_sup")
+    assert settings_of(named, full).student.encoder_module is None
+    small = with_overrides(CONFIG, ["student.load_in_4bit=true"], "test")
+    assert "full_sup" not in [row.name for row in chosen_rows(small)]
+    assert caplog.messages == ["row full_sup: left out: a base in 4 bits cannot be tuned in full"]
+    with pytest.raises(UserError, match=r"row full_sup: .*load_in_4bit"):
+        chosen_rows(small, ["full_sup"])
+    with pytest.raises(UserError, match=r"^student\.tuning: a table's rows are LoRA's.*leave it out"):
+        chosen_rows(with_overrides(CONFIG, ["student.tuning=full"], "test"))
 
 
 def test_runs_come_seed_by_seed_the_reference_first_and_encoders_need_none():

@@ -97,9 +97,10 @@ class FakeTasks:
 
     def __init__(self, function):
         assert function is make_run
-        self.running, self.log, self.most = {}, [], 0
+        self.running, self.log, self.computing, self.most = {}, [], [], 0
 
-    def start(self, run, config, values, kind, taught_by, key):
+    def start(self, run, config, computes, values, kind, taught_by, key):
+        self.computing += [run.name] if computes else []
         assert validate(values, "test") == run.config
         run.folder.open()
         self.log.append((run.name, Path(taught_by).name if taught_by else None))
@@ -161,6 +162,30 @@ def test_a_failure_stops_nobody_but_who_is_taught_by_it(config, tmp_path, tasks)
     [taught_by] = [teacher for name, teacher in made.tasks.log if name == "classic seed 43"]
     assert taught_by == next(run.config.name for run in runs if run.name == "lora_sup seed 43")
     assert runs[0].entry(tmp_path)["reason"] == "no memory" and runs[0].entry(tmp_path)["status"] == "failed"
+
+
+def test_a_run_that_is_stopped_by_itself_leaves_the_table_unfinished(config, tmp_path, tasks):
+    tasks.outcomes["lora_sup seed 42"] = ("stopped", "")
+    runs = placed(config, tmp_path, ["flip", "classic"])
+    with pytest.raises(StoppedOnRequest, match="with 4 of 6 runs finished"):
+        runner(runs).run()
+    found = {run.name: run.status for run in runs if run.status != "done"}
+    assert found == {"lora_sup seed 42": "stopped", "classic seed 42": "stopped"}
+    tasks.outcomes.clear()
+    last = runner(placed(config, tmp_path, ["flip", "classic"]))
+    last.run()
+    assert [name for name, _ in last.tasks.log] == ["lora_sup seed 42", "classic seed 42"]
+
+
+def test_who_computes_in_the_task_takes_a_workers_resources(config, tmp_path, tasks):
+    """The encoder of `classic` learns in the task itself, whatever the students do."""
+    for settings, computing in (
+        ({}, ["lora_sup seed 42", "flip seed 42", "classic seed 42"]),
+        ({"num_workers": 2, "deepspeed": "ds_configs/zero3.json"}, ["classic seed 42"]),
+    ):
+        made = runner(placed(changed(config, distributed=settings), tmp_path, ["flip", "classic"], 1))
+        made.run()
+        assert made.tasks.computing == computing
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

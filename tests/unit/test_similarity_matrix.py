@@ -6,7 +6,8 @@ import numpy as np
 from tiny import pair_table
 
 from flipkd_dist.comparison import Matrix
-from flipkd_dist.similarity_matrix import SIZE, matrix_pairs, read_matrix, write_matrix
+from flipkd_dist.comparison_reading import read_matrix
+from flipkd_dist.similarity_matrix import SIZE, matrix_pairs, write_matrix
 
 
 def grouped(labels: list[int], groups: list[int]):

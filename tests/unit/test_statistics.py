@@ -190,6 +190,38 @@ def test_too_few_resamples_are_refused():
     assert compare_rows(comparison, resamples=200).resamples == 200
 
 
+def test_a_long_table_takes_as_many_resamples_as_it_needs():
+    pairs = pair_splits({"validation": 20, "test": 30})
+    runs = noisy_runs(pairs, 0.4, 1, 1, 1)
+    names = [REFERENCE, *(f"flip-{number}" for number in range(52))]
+    lost = {name: runs if name in (REFERENCE, "flip-0") else [] for name in names}
+    assert compare_rows(comparison_of(pairs, lost)).resamples == 10_400
+    assert compare_rows(two_rows(pairs, runs, runs)).resamples == 10_000
+
+
+def test_runs_of_fewer_checkpoints_are_said(two, caplog):
+    comparison, _ = two
+    assert not caplog.messages
+    flip = comparison.row("flip")
+    cut = {
+        reading: {split: one[:1] for split, one in scores.items()} for reading, scores in flip.runs[0].scores.items()
+    }
+    runs = [dataclasses.replace(flip.runs[0], steps=flip.runs[0].steps[:1], scores=cut), *flip.runs[1:]]
+    compare_rows(two_rows(comparison.pairs, comparison.row(REFERENCE).runs, runs), resamples=200)
+    assert caplog.messages == [
+        f"warning: runs are means over 2 checkpoints, but flip seed {runs[0].seed} of 1: fewer were kept or made"
+    ]
+
+
+def test_rows_are_told_apart_by_their_names_however_long():
+    pairs = pair_splits(SIZES)
+    runs = noisy_runs(pairs, 0.4, 1, 1, 1)
+    names = ["flip-student.lora_target_modules-q_proj-1", "flip-student.lora_target_modules-q_proj-2"]
+    lines = table(compare_rows(comparison_of(pairs, dict.fromkeys(names, runs)))).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == names
+    assert lines[0].index("mean") + 4 == lines[1].index(lines[1].split()[2]) + 6
+
+
 def test_results_are_deterministic_and_fit_into_json(two):
     comparison, results = two
     again = compare_rows(comparison, resamples=400)
@@ -204,10 +236,10 @@ def test_results_are_deterministic_and_fit_into_json(two):
 
 def test_the_table_for_the_terminal(two):
     lines = table(two[1]).split("\n")
-    assert lines[0].split()[:2] == ["test,", "p(match)"] and lines[1].split()[:2] == ["LORA_SUP", "accuracy"]
+    assert lines[0].split()[:2] == ["test,", "p(match)"] and lines[1].split()[:2] == ["lora_sup", "accuracy"]
     value = row(two[1], "flip").metrics["accuracy"]
     assert lines[2].split() == [
-        *("FLIP", "accuracy", f"{value.mean:.4f}", f"{value.std:.4f}", f"{value.difference:+.4f}"),
+        *("flip", "accuracy", f"{value.mean:.4f}", f"{value.std:.4f}", f"{value.difference:+.4f}"),
         *(f"{value.low:+.4f}", f"{value.high:+.4f}", f"{value.p_corrected:.4f}", *value.verdict.split()),
     ]
     heads = [line.split(",")[0] for line in lines if "verdict" in line]

@@ -1,0 +1,23 @@
+"""What is asked of the cluster: resources by Ray's names, and how many runs at once."""
+
+import pytest
+
+from flipkd_dist import ray_launch
+from flipkd_dist.config import RunConfig
+from flipkd_dist.ray_launch import runs_at_once, task_options
+
+
+def test_memory_is_no_resource_of_the_users_own():
+    need = {"CPU": 2.0, "GPU": 0.5, "memory": 4e9, "a100": 1.0}
+    assert task_options(need) == {"num_cpus": 2.0, "num_gpus": 0.5, "memory": 4e9, "resources": {"a100": 1.0}}
+    assert task_options({}) == {"num_cpus": 0, "num_gpus": 0, "memory": None, "resources": {}}
+
+
+@pytest.mark.parametrize(
+    "grows, jobs, at_once", [(False, None, 2), (False, 8, 2), (False, 1, 1), (True, None, 2), (True, 8, 8)]
+)
+def test_a_cluster_that_can_grow_gets_as_many_runs_as_were_asked_for(monkeypatch, grows, jobs, at_once):
+    room = {"small": 5, "large": 2}
+    monkeypatch.setattr(ray_launch, "autoscales", lambda: grows)
+    monkeypatch.setattr(ray_launch, "places", lambda config: room[config.name])
+    assert runs_at_once([RunConfig(name=name) for name in room], jobs) == at_once
