@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -231,7 +232,7 @@ def check_both_ways(config: PreTrainedConfig, settings: StudentConfig) -> None:
     if not settings.bidirectional:
         return
     name = settings.model_name_or_path
-    model = empty_model(config, attention_implementation(settings), torch.float32, name)
+    model = empty_model(deepcopy(config), attention_implementation(settings), torch.float32, name)
     body, count = model.base_model, config.num_hidden_layers
     for path, module in list(body.named_modules()):
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -239,11 +240,15 @@ def check_both_ways(config: PreTrainedConfig, settings: StudentConfig) -> None:
             break
     random = torch.Generator().manual_seed(0)
     for path, old in list(body.named_parameters()):
-        values = torch.ones(old.shape)
         if old.dim() > 1:
-            values = 0.1 * torch.randn(sum(old.shape), generator=random).as_strided(old.shape, [1] * old.dim())
+            values = 0.1 * torch.randn(sum(old.shape), generator=random)
+            values = values.as_strided(old.shape, [1] * old.dim())
+        else:
+            values = torch.ones(old.shape)
         owner, _, attribute = path.rpartition(".")
         setattr(body.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+    if hasattr(config, "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the others want weights that lie in memory as they are read
     read_both_ways(model)
     first, *others = torch.randn(3, 1, model.get_input_embeddings().embedding_dim, generator=random)
     rows = torch.stack(
