@@ -139,9 +139,7 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
     finally:
-        shutil.rmtree(
-            draft, ignore_errors=True
-        )  # after an error it would lie there, with full tuning as large as a model
+        shutil.rmtree(draft, ignore_errors=True)  # left by an error: with full tuning as large as a model
 
 
 def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]], idle: Set[str] = frozenset()) -> None:
