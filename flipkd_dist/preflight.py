@@ -22,6 +22,7 @@ from flipkd_dist.base import (
     shares_prefix,
 )
 from flipkd_dist.base_loader import check_packable, find_parts, four_bit_form
+from flipkd_dist.both_ways import check_both_ways
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.cross_encoder import CrossEncoderSource
 from flipkd_dist.ds_config import read_policy
@@ -32,7 +33,7 @@ from flipkd_dist.pairs import PairTable, read_pairs
 from flipkd_dist.prompt import PairEncoder, TextEncoder, student_encoder
 from flipkd_dist.run_folder import RunFolder, decisive_settings, digest
 from flipkd_dist.store import Store, pair_text
-from flipkd_dist.student import check_both_ways, default_encoder, last_encoder
+from flipkd_dist.student import default_encoder, last_encoder
 from flipkd_dist.teacher_source import TeacherSource, text_teacher
 from flipkd_dist.weight_files import WeightFiles
 

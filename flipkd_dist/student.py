@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from flipkd_dist.base import (
     attention_implementation,
@@ -23,6 +21,7 @@ from flipkd_dist.base import (
     output_rows,
 )
 from flipkd_dist.base_loader import Placement, Streamed, Whole, empty_model, four_bit_form, load_parts, pretrained_model
+from flipkd_dist.both_ways import read_both_ways
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.last_layer import behind_attention, narrowed
@@ -207,60 +206,6 @@ def last_encoder(model: nn.Module, encoder_module: str) -> str:
 def default_encoder(targets: list[str]) -> str:
     """The query projection where it has LoRA, else the first module named (the fused one)."""
     return "q_proj" if "q_proj" in targets else targets[0]
-
-
-def read_both_ways(model: nn.Module) -> None:
-    """Let every token see those behind it: in masks that transformers makes, and in sdpa where there is none.
-
-    Some classes hand the configuration's word on to their attention, some ask the attention itself.
-    """
-    model.config.is_causal = False
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-
-
-@torch.no_grad()
-def check_both_ways(config: PreTrainedConfig, settings: StudentConfig) -> None:
-    """Refuse a base whose attention stays causal after `read_both_ways`: a second token must move a first one.
-
-    Found on its first layer, whose weights are made up and take no memory (entry [i, j] depends on i + j).
-
-    Raises:
-        UserError
-    """
-    if not settings.bidirectional:
-        return
-    name = settings.model_name_or_path
-    model = empty_model(deepcopy(config), attention_implementation(settings), torch.float32, name)
-    body, count = model.base_model, config.num_hidden_layers
-    for path, module in list(body.named_modules()):
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            body.set_submodule(path, module[:1])
-            break
-    random = torch.Generator().manual_seed(0)
-    for path, old in list(body.named_parameters()):
-        if old.dim() > 1:
-            values = 0.1 * torch.randn(sum(old.shape), generator=random)
-            values = values.as_strided(old.shape, [1] * old.dim())
-        else:
-            values = torch.ones(old.shape)
-        owner, _, attribute = path.rpartition(".")
-        setattr(body.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
-    if hasattr(config, "_experts_implementation"):
-        model.set_experts_implementation("eager")  # the others want weights that lie in memory as they are read
-    read_both_ways(model)
-    first, *others = torch.randn(3, 1, model.get_input_embeddings().embedding_dim, generator=random)
-    rows = torch.stack(
-        [torch.cat([first, other]) for other in others]
-    )  # [2, 2, width]: they differ in their last token
-    places = torch.arange(2).expand(2, 2)
-    moved = body(inputs_embeds=rows, position_ids=places, use_cache=False).last_hidden_state[:, 0]
-    if torch.allclose(*moved, rtol=0, atol=1e-5):
-        raise UserError(
-            f"student.bidirectional: {name} ({config.model_type}) reads causally whatever it is told: set it to false "
-            "or take another base"
-        )
 
 
 def load_student(

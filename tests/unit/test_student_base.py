@@ -9,7 +9,6 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3Config,
-    GPTNeoConfig,
     GraniteConfig,
     JambaConfig,
     ModernBertDecoderConfig,
@@ -21,7 +20,7 @@ from flipkd_dist.base import check_base, check_mode, shares_prefix
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.glm_original_config import GlmOriginalConfig
-from flipkd_dist.student import check_both_ways, load_student
+from flipkd_dist.student import load_student
 
 
 def refused(folder, config, match):
@@ -134,19 +133,3 @@ def test_both_directions_within_a_sliding_window():
     check_mode(window, both, 32)
     with pytest.raises(UserError, match=r"over data\.max_length 64: set it to false or take another base$"):
         check_mode(window, both, 64)
-
-
-@pytest.mark.parametrize("attention", ["auto", "eager"])
-@pytest.mark.parametrize("family", tiny.CAUSAL)
-def test_bases_that_read_both_ways(family, attention):
-    both = StudentConfig(mode="alone", bidirectional=True, attn_implementation=attention)
-    check_both_ways(tiny.CAUSAL[family](100), both)
-
-
-def test_a_base_that_reads_causally_whatever_it_is_told():
-    neo = GPTNeoConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
-    settings = {"model_name_or_path": "tiny", "mode": "alone", "attn_implementation": "eager"}
-    with pytest.raises(UserError, match=r"^student\.bidirectional: tiny \(gpt_neo\) reads causally whatever") as error:
-        check_both_ways(neo, StudentConfig(**settings, bidirectional=True))
-    assert "\n" not in str(error.value)
-    check_both_ways(neo, StudentConfig(**settings))
