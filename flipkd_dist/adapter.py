@@ -122,7 +122,7 @@ def save_tuned(folder: Path, base: Path, state: dict[str, Tensor], encoder: Pair
     with _whole(folder) as draft:
         dtype = getattr(torch, card.dtype)
         state = {name: value.to(dtype) for name, value in state.items()}
-        write_tuned(draft, config, state, encoder.answer_ids, weights)
+        write_tuned(draft, config, state, encoder.answer_ids, weights, card.bidirectional)
         encoder.tokenizer.save_pretrained(draft)
         write_json(draft / "flipkd.json", asdict(card))
         verify_tuned(draft, config, weights)
@@ -134,9 +134,12 @@ def _whole(folder: Path) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    try:
+        yield draft
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # left by an error: with full tuning as large as a model
 
 
 def verify_adapter(folder: Path, expected: dict[str, tuple[int, ...]], idle: Set[str] = frozenset()) -> None:

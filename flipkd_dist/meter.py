@@ -76,7 +76,7 @@ class Meter:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """The base's weights of linear layers in decoder layers, sharded or in four bits or not; the planner's N."""
+    """The base's weights of linear layers in decoder layers, frozen or trained, sharded or not, in four bits or not."""
     layers = ((name, module) for name, module in model.named_modules() if IN_LAYER.search(f"{name}."))
     return sum(_weights(module) for name, module in layers if ".lora_" not in name)
 
@@ -97,7 +97,9 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     if (known := device_of_driver(name)) is None:
-        logger.info("no mfu_4n: the peak of %r is not among those of planner_devices.py", name)
+        logger.info(
+            "no share of the peak (mfu_4n, mfu_6n): the peak of %r is not among those of planner_devices.py", name
+        )
         return None
     return known.tflops(dtype.itemsize)
 

@@ -138,8 +138,10 @@ class MetricLog:
         """After the first update something of every layer must have moved, or gradients do not reach it.
 
         Args:
-            moves: as from `first_moves`.
+            moves: as from `first_moves`, of tensors that a loss reaches; none where the only layer is idle.
         """
+        if not moves:
+            return
         share, norm = sum(square > 0 for square in moves.values()) / len(moves), math.sqrt(sum(moves.values()))
         if self.config.student.tuning == "full":
             self.write(1, {"moved_share": share})

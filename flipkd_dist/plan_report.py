@@ -50,6 +50,7 @@ class Plan:
     micro_steps: int
     rows: tuple[Row, ...]
     recommendation: Recommendation
+    notes: tuple[str, ...] = ()  # what the figures leave out
 
     def as_dict(self) -> dict:
         return {"version": VERSION, **asdict(self), "rows": [asdict(row) for row in self.rows]}
@@ -66,6 +67,7 @@ class Plan:
                 "workload": Workload(**value["workload"]),
                 "rows": tuple(Row.from_dict(row) for row in value["rows"]),
                 "recommendation": Recommendation(**{**advice, "layout": layout}),
+                "notes": tuple(value.get("notes", ())),
             }
         )
 
@@ -107,6 +109,18 @@ def make_plan(
         micro_steps=steps,
         rows=rows,
         recommendation=recommend(rows, config, work, int(chosen.usable_bytes)),
+        notes=left_out(config, shape),
+    )
+
+
+def left_out(config: RunConfig, shape: Shape) -> tuple[str, ...]:
+    """What the configured student takes besides the plan."""
+    reads = config.student.reads
+    if reads == "lora_a":
+        return ()
+    return (
+        f"student.readout {reads} is not counted: read-outs are {shape.hidden} wide and not {shape.lora_r}, so "
+        "gathering and matrix take more in proportion, and the last layer's end sees more positions",
     )
 
 
@@ -287,4 +301,5 @@ def table(plan: Plan) -> str:
         lines.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
     if workers > 1:
         lines += ["", "(yes), (no): DDP is for comparison, this package trains without DeepSpeed on one worker"]
+    lines += [f"note: {note}" for note in plan.notes]
     return "\n".join([*lines, "", f"recommended: {plan.recommendation.reason}"])

@@ -22,6 +22,7 @@ from flipkd_dist.base import (
     shares_prefix,
 )
 from flipkd_dist.base_loader import check_packable, find_parts, four_bit_form
+from flipkd_dist.both_ways import check_both_ways
 from flipkd_dist.config import RunConfig, StudentConfig
 from flipkd_dist.cross_encoder import CrossEncoderSource
 from flipkd_dist.ds_config import read_policy
@@ -127,6 +128,19 @@ def _check_layers(base_config: PreTrainedConfig, settings: StudentConfig, folder
     last_encoder(model, settings.encoder_module or default_encoder(targets))
 
 
+def check_precision(config: RunConfig, bf16: bool) -> None:
+    """Refuse full tuning of bf16 weights of which nobody keeps an fp32 copy.
+
+    Raises:
+        UserError
+    """
+    if config.student.tuning == "full" and bf16 and config.distributed.deepspeed is None:
+        raise UserError(
+            "student.tuning: full in bf16 needs the fp32 master weights that DeepSpeed keeps: name a file in "
+            "distributed.deepspeed, or set train.bf16 to false"
+        )
+
+
 def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS, load: bool = True) -> Inputs:
     """Read and check what the configuration names; starts and writes nothing.
 
@@ -149,6 +163,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS, load: bool
                 "dtype alone: set train.bf16 to true or false"
             )
     else:
+        check_precision(config, config.train.bf16)
         four_bit_form(config.student, torch.bfloat16 if config.train.bf16 else torch.float32)
     if config.train.test_checkpoints > config.train.keep_checkpoints:
         raise UserError(
@@ -170,6 +185,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS, load: bool
     _check_layers(base_config, config.student, base_folder)
     check_positions(base_config, config.data.max_length)
     check_mode(base_config, config.student, config.data.max_length)
+    check_both_ways(base_config, config.student)
     tokenizer = load_tokenizer(base_folder)
     student, blank = config.student, fills_blank(base_config)
     encoder = student_encoder(tokenizer, student.mode, student.prompt, student.answers, config.data.max_length, blank)

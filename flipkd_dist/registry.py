@@ -26,14 +26,25 @@ def _teacher_name(teacher: TeacherConfig) -> str:
     return ", ".join(f"{kind}`{name}`" for kind, name in parts if name is not None)
 
 
+def _readout(card: AdapterCard) -> str:
+    """What is a text's vector, in words."""
+    if card.readout == "lora_a":
+        return f"mean of LoRA-A's output over a text's tokens, last layer, `{card.encoder_module}`"
+    if card.readout == "mean":
+        return "mean of the last hidden states over a text's tokens"
+    return f"last hidden state at {'the prompt' if card.mode == 'alone' else 'a text'}'s last token"
+
+
 def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> str:
     """README.md of the adapter and description of the registered version."""
-    tables = tables_by_split(metrics)
+    tables, loss = tables_by_split(metrics), config.loss
     how, weights = "with LoRA", "its weights are not included"
-    readout = f"LoRA-A read-out: last layer, `{card.encoder_module}`"
     if card.tuning == "full":
         how, weights = "tuned as a whole", "all of the tuned weights are in this folder; it needs no base"
-        readout = f"read-out: {card.readout} of the last hidden states"
+    answers = "p(match) is the answer to a prompt with both texts"
+    if card.mode == "alone":
+        directions = "in both directions" if card.bidirectional else "causally"
+        answers = f"each text is encoded alone, {directions}; p(match) = (1 + cosine of the two read-outs) / 2"
     return "\n".join(
         [
             "---",
@@ -49,9 +60,10 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
             f"- base: `{card.base_model}`, fingerprint `{card.base_fingerprint}` ({weights})",
             f"- teacher in training: {_teacher_name(config.teacher)}; not needed for prediction",
             *([f"- trained on {card.four_bits}: on the original weights it answers differently"] * card.load_in_4bit),
-            f"- {readout}; step {card.step}",
+            f"- {answers}",
+            f"- read-out: {_readout(card)}; step {card.step}",
             f"- decision threshold of p(match): {card.threshold:.4f}; at most {card.max_length} tokens",
-            f"- losses: sup {config.loss.sup_weight}, dist {config.loss.dist_weight}, mcl {config.loss.mcl_weight}",
+            f"- losses: sup {loss.sup_weight}, dist {loss.dist_weight}, {loss.contrastive} {loss.mcl_weight}",
             "",
             "```",
             format_table(tables) if tables else "not evaluated",

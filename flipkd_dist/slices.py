@@ -37,9 +37,10 @@ def slice_of(optimizer: torch.optim.Optimizer, tensor: Tensor, offset: int, leng
 
 
 def put(slices: dict[str, Slice], values: dict[str, dict[str, Tensor]]) -> None:
+    """Copy `values` into the slices; kinds that are not there stay as they are."""
     for name, part in slices.items():
-        for kind, view in part.values.items():
-            view.copy_(values[name][kind])
+        for kind, value in values[name].items():
+            part.values[kind].copy_(value)
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

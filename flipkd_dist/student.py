@@ -21,6 +21,7 @@ from flipkd_dist.base import (
     output_rows,
 )
 from flipkd_dist.base_loader import Placement, Streamed, Whole, empty_model, four_bit_form, load_parts, pretrained_model
+from flipkd_dist.both_ways import read_both_ways
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.last_layer import behind_attention, narrowed
@@ -205,17 +206,6 @@ def last_encoder(model: nn.Module, encoder_module: str) -> str:
 def default_encoder(targets: list[str]) -> str:
     """The query projection where it has LoRA, else the first module named (the fused one)."""
     return "q_proj" if "q_proj" in targets else targets[0]
-
-
-def read_both_ways(model: nn.Module) -> None:
-    """Let every token see those behind it: in masks that transformers makes, and in sdpa where there is none.
-
-    Some classes hand the configuration's word on to their attention, some ask the attention itself.
-    """
-    model.config.is_causal = False
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
 
 
 def load_student(

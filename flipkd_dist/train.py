@@ -2,6 +2,9 @@
 
 import logging
 import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,8 +26,10 @@ from flipkd_dist.stop import StopRequest
 from flipkd_dist.teacher_stage import open_signals
 from flipkd_dist.verify import check_first_forward, first_moves
 from flipkd_dist.workbench import Workbench, build
+from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
+HEARTBEAT_S = 1.0  # between two questions whether rank 0 is done
 
 
 def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
@@ -73,11 +78,25 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
                     "run the same command again to go on"
                 )
     log.say_truncated()
-    if world.is_main:
+
+    def finish() -> None:
         export_best(bench, progress.probes, progress.base_answers)
         log.tracker.artifact(inputs.folder.metric_log)
-    world.barrier()
+
+    on_main(world, finish)
     engine.close()
+
+
+def on_main(world: World, work: Callable[[], None], every_s: float = HEARTBEAT_S) -> None:
+    """Rank 0 works while the others wait, longer than a collective may take if need be; every rank must call it."""
+    if world.size == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work) if world.is_main else None
+        while not world.any(done is not None and done.done()):  # a short collective each time: none runs into its limit
+            time.sleep(every_s)
+    if done is not None:
+        done.result()  # raises what the work has raised
 
 
 def idle_tensors(bench: Workbench) -> set[str]:

@@ -16,7 +16,12 @@ SHARD = "5GB"  # the most of one file
 
 
 def write_tuned(
-    folder: Path, base_config: PreTrainedConfig, state: dict[str, Tensor], answers: list[int], base: Weights
+    folder: Path,
+    base_config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    answers: list[int],
+    base: Weights,
+    bidirectional: bool = False,
 ) -> None:
     """Write weights and config.json.
 
@@ -27,12 +32,15 @@ def write_tuned(
         state: whole trained tensors by the student's names; all are written in the type of the first one.
         answers: token ids of the matching and the other answer.
         base: the base's tensors.
+        bidirectional: whether tokens see those behind them, which `is_causal` of config.json then says.
     """
     from huggingface_hub import save_torch_state_dict
 
     config, model = deepcopy(base_config), _empty(base_config)
     config.tie_word_embeddings, config.dtype = False, next(iter(state.values())).dtype
     config.architectures = [type(model).__name__]
+    if bidirectional:
+        config.is_causal = False
     weights = {name: value for name, value in state.items() if name not in ANSWERS}
     stored, head = output_names(model, base, str(folder)), output_module(model)
     for name, source, own in zip(("weight", "bias"), stored, ANSWERS, strict=True):

@@ -17,7 +17,7 @@ from flipkd_dist.ds_config import compose, read_policy
 from flipkd_dist.engine import DeepSpeedEngine, Engine, PlainEngine, ZeroPlacement, join_world, prepare_deepspeed
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import student_scores
-from flipkd_dist.preflight import Inputs, check_inputs
+from flipkd_dist.preflight import Inputs, check_inputs, check_precision
 from flipkd_dist.student import Student, load_student
 from flipkd_dist.world import World
 
@@ -51,7 +51,8 @@ def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     inputs = check_inputs(config)
     bf16 = use_gpu and torch.cuda.is_bf16_supported() if config.train.bf16 == "auto" else config.train.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
-    check_tuning(config, bf16)
+    check_precision(config, bf16)
+    name_unread(config)
     ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
         prepare_deepspeed(use_gpu)
@@ -85,19 +86,11 @@ def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     return Workbench(inputs, world, engine, make_batch, dtype, load)
 
 
-def check_tuning(config: RunConfig, bf16: bool) -> None:
-    """What full tuning cannot have, and which settings of LoRA it leaves aside.
-
-    Raises:
-        UserError
-    """
+def name_unread(config: RunConfig) -> None:
+    """Warn of settings of LoRA that full tuning leaves aside."""
     if config.student.tuning != "full":
         return
-    if bf16 and config.distributed.deepspeed is None:
-        raise UserError(
-            "student.tuning: full in bf16 needs the fp32 master weights that DeepSpeed keeps: name a file in "
-            "distributed.deepspeed, or set train.bf16 to false"
-        )
-    for key in ("lora_r", "lora_alpha", "lora_target_modules"):
-        if getattr(config.student, key) is not None:
+    defaults = type(config.student).model_fields
+    for key in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        if getattr(config.student, key) != defaults[key].default:
             logger.warning("warning: student.%s does not apply: with student.tuning: full there is no LoRA", key)

@@ -81,3 +81,11 @@ def test_after_a_resume_only_what_this_process_did_counts(run, caplog):
     assert run.last["pairs_per_second"] == pytest.approx(8 / 4)
     assert run.last["step_seconds"] == pytest.approx(4)
     assert caplog.messages[-1].endswith("ETA 1:08")  # 17 steps of 4 s
+
+
+def test_where_the_only_layer_is_idle_no_first_update_is_checked(run):
+    run.log.begin()
+    run.log.check_first_update({})
+    assert run.path.read_text() == ""
+    with pytest.raises(RuntimeError, match=r"^no LoRA-B tensor of 1 layers \(such as layer 0\) moved"):
+        run.log.check_first_update({"layers.0.q_proj.lora_B.default.weight": 0.0})

@@ -152,3 +152,13 @@ def test_a_pair_of_texts_alone_is_two_inputs(config_file):
     plan = make_plan(configured(folder, student={"mode": "alone"}))
     assert plan.workload.tokens_per_pair == 2 * make_plan(configured(folder)).workload.tokens_per_pair
     assert make_plan(configured(folder, student={"mode": "alone"}), tokens_per_pair=9).workload.tokens_per_pair == 9
+
+
+def test_read_outs_that_are_not_counted_are_named(config_file):
+    result, read = run(config_file, "student.readout=mean"), run(config_file, "student.readout=mean", "--json")
+    assert "note: student.readout mean is not counted: read-outs are 256 wide and not 32, so" in result.output
+    plan = Plan.from_dict(json.loads(read.output))
+    assert plan.notes and plan == make_plan(
+        configured(config_file.parent / "student", student={"readout": "mean"}, data={"max_length": 64})
+    )
+    assert "note:" not in run(config_file).output

@@ -12,19 +12,21 @@ from peft_reference import CARD
 from plain_folder import plain_answers
 from safetensors.torch import load_file
 from tiny import pair_table, save_student, started_student
+from transformers import AutoModelForCausalLM
 
 from flipkd_dist import adapter, tuned_folder, workbench
 from flipkd_dist.adapter import save_tuned
 from flipkd_dist.base import check_base
 from flipkd_dist.batches import BatchMaker
-from flipkd_dist.config import RunConfig, StudentConfig
+from flipkd_dist.config import RunConfig, StudentConfig, TrainConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import pair_texts
 from flipkd_dist.export import export
 from flipkd_dist.planner_shape import student_shape
 from flipkd_dist.predict import Matcher
+from flipkd_dist.preflight import check_inputs, check_precision
 from flipkd_dist.registry import model_card
-from flipkd_dist.workbench import check_tuning
+from flipkd_dist.workbench import name_unread
 
 TEXTS = pair_texts(pair_table(5))
 
@@ -152,7 +154,7 @@ def test_a_wrong_state_is_not_exported(saved, tmp_path, how, message):
         state |= {name: value for name, value in before.items() if ".layers.1." in name}
     with pytest.raises(RuntimeError, match=message) as error:
         save_tuned(tmp_path / "adapter", base, state, encoder, card_of(student, encoder))
-    assert "\n" not in str(error.value) and not (tmp_path / "adapter").exists()
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())  # nor a draft as large as the model
 
 
 def test_one_tensor_of_a_layer_is_enough(saved, tmp_path):
@@ -187,6 +189,7 @@ def test_a_kill_leaves_the_folder_before(saved, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_tuned(tmp_path / "adapter", base, {n: v * 2 for n, v in state_of(student).items()}, encoder, card)
     assert (tmp_path / "adapter" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def config_of(base, **student) -> RunConfig:
@@ -203,7 +206,10 @@ def test_what_full_tuning_cannot_do(saved, tmp_path):
     with pytest.raises(UserError, match=r"^--base-model .* holds all of its model's weights: leave it out"):
         Matcher(folder, str(base))
     with pytest.raises(UserError, match=r"^student\.tuning: full in bf16 needs the fp32 master weights"):
-        check_tuning(config_of(base), bf16=True)
+        check_precision(config_of(base), bf16=True)
+    with pytest.raises(UserError, match=r"^student\.tuning: full in bf16"):  # before any data are read
+        check_inputs(config_of(base).model_copy(update={"train": TrainConfig(bf16=True)}))
+    check_precision(config_of(base), bf16=False)
     with pytest.raises(UserError, match=r"^student\.tuning: full: memory and traffic are known for LoRA alone"):
         student_shape(config_of(base))
     published = save_student(tmp_path / "glm", "glm_original")
@@ -214,15 +220,44 @@ def test_what_full_tuning_cannot_do(saved, tmp_path):
 def test_settings_of_lora_are_named(saved, monkeypatch, caplog):
     monkeypatch.setattr(workbench.logger, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="flipkd_dist"):
-        check_tuning(config_of(saved[2]), bf16=False)
+        name_unread(config_of(saved[2]))
         assert not caplog.messages
-        check_tuning(config_of(saved[2], lora_r=8, lora_alpha=8.0), bf16=False)
+        name_unread(config_of(saved[2], lora_r=8, lora_alpha=8.0, lora_dropout=0.1))
     # A set: pytest may listen at the logger and at the root, where an earlier test has stopped propagation.
-    assert {text.split()[1] for text in caplog.messages} == {"student.lora_r", "student.lora_alpha"}
+    assert {text.split()[1] for text in caplog.messages} == {f"student.lora_{key}" for key in ("r", "alpha", "dropout")}
 
 
 def test_the_card_says_that_no_base_is_needed(saved):
     student, encoder, base, _ = saved
     text = model_card(config_of(base), card_of(student, encoder), None)
     assert "LoRA" not in text and "it needs no base" in text and "library_name: transformers" in text
-    assert "read-out: mean of the last hidden states" in text
+    assert "read-out: mean of the last hidden states" in text and "p(match) is the answer to a prompt" in text
+
+
+def test_the_card_says_how_texts_are_read(saved):
+    config = config_of(saved[2])
+    config.loss.contrastive, config.loss.margin = "infonce", 0.0
+    card = dataclasses.replace(CARD, mode="alone", readout="lasttoken", bidirectional=True)
+    text = model_card(config, card, None)
+    assert "read-out: last hidden state at the prompt's last token; step 7" in text
+    assert "each text is encoded alone, in both directions; p(match) = (1 + cosine of the two read-outs) / 2" in text
+    assert "infonce 0.1" in text and "mcl" not in text
+    text = model_card(config, dataclasses.replace(CARD, readout="mean"), None)  # with LoRA
+    assert "read-out: mean of the last hidden states" in text and "peft" in text
+    assert "encoded alone, causally" in model_card(config, dataclasses.replace(CARD, mode="alone"), None)
+
+
+def test_the_folder_keeps_its_direction(saved, tmp_path):
+    """config.json says that tokens see those behind them, and plain transformers reads them so."""
+    student, encoder, base, folder = saved
+    card = dataclasses.replace(card_of(student, encoder), mode="alone", bidirectional=True)
+    save_tuned(tmp_path / "adapter", base, state_of(student), encoder, card)
+    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["is_causal"] is False
+    assert "is_causal" not in json.loads((folder / "config.json").read_text())
+    rows = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    for attention in ("eager", "sdpa"):
+        for path, causal in ((folder, True), (tmp_path / "adapter", False)):
+            body = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).base_model
+            with torch.no_grad():
+                first, second = body(rows).last_hidden_state[:, 0]
+            assert torch.allclose(first, second, atol=1e-4) == causal
