@@ -186,7 +186,7 @@ def _located_teacher(choice: EncoderChoice) -> Located:
 def _teacher_facts(source: TeacherSource) -> dict[str, Any]:
     spec = source.spec
     names = ("pooling", "max_length", "prompt")
-    return {"fingerprint": spec.model_fingerprint, **{name: getattr(spec, name) for name in names}}
+    return {"fingerprint": spec.teacher_fingerprint, **{name: getattr(spec, name) for name in names}}
 
 
 def _student_encoder(folder: Path, choice: EncoderChoice) -> BatchedEncoder:
