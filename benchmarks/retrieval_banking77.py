@@ -4,47 +4,43 @@
 
 A name stands before each model; a run folder or an adapter folder is a student, anything else an encoder. The text that
 stands for an intent is drawn anew for each seed: mean and standard deviation over the draws. `--intents` keeps only the
-groups that a file names, one a line, such as those that training has not seen.
+groups that a file names, one a line, such as those that training has not seen. A model encodes every text once; its row
+is written when it is done, and a command that runs again goes on behind it.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flipkd_dist.cluster_file import cluster_file
+from flipkd_dist.cluster_file import agreement, clusters
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.pair_files import write_records
-from flipkd_dist.retrieve_folder import retrieve
-from flipkd_dist.text_encoder import EncoderChoice
+from flipkd_dist.errors import UserError
+from flipkd_dist.retrieval_metrics import query_metrics
+from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.text_encoder import EncoderChoice, encoded_windows, located
 from flipkd_dist.text_records import NamedText, read_grouped
+from flipkd_dist.vector_search import exact_search
 
 METRICS = ("recall@1", "ndcg@10", "mrr@10")
+TOP_K = 100
+logger = logging.getLogger("flipkd_dist")
 
 
-def write_folder(folder: Path, texts: list[NamedText], seed: int) -> Path:
-    """A BEIR folder: a text of each group, drawn by `seed`, is a document; the others are queries."""
-    groups: dict[str, list[int]] = {}
-    for number, one in enumerate(texts):
-        groups.setdefault(one.name, []).append(number)
-    draw = np.random.default_rng(seed)
-    chosen = {int(draw.choice(members)): group for group, members in groups.items()}
-    queries = [number for number in range(len(texts)) if number not in chosen]
-    documents = {group: number for number, group in chosen.items()}
-    (folder / "qrels").mkdir(parents=True)
-    write_records(
-        {
-            folder / "corpus.jsonl": [{"_id": f"d{n}", "text": texts[n].text} for n in chosen],
-            folder / "queries.jsonl": [{"_id": f"q{n}", "text": texts[n].text} for n in queries],
-            folder / "qrels" / "test.tsv": [
-                {"query-id": f"q{n}", "corpus-id": f"d{documents[texts[n].name]}", "score": 1} for n in queries
-            ],
-        }
-    )
-    return folder
+def chosen_texts(source: Path, text: str, group: str, intents: Path | None) -> list[NamedText]:
+    texts = list(read_grouped(source, text, group))
+    if intents is None:
+        return texts
+    kept = {line.strip() for line in intents.read_text(encoding="utf-8").splitlines() if line.strip()}
+    unknown = sorted(kept - {one.name for one in texts})
+    if unknown:
+        raise UserError(f"--intents {intents}: no text of {', '.join(unknown)} in {source}: correct the names")
+    return [one for one in texts if one.name in kept]
 
 
 def choice_of(model: str) -> EncoderChoice:
@@ -53,17 +49,61 @@ def choice_of(model: str) -> EncoderChoice:
     return EncoderChoice(model=model) if is_student else EncoderChoice(encoder=model)
 
 
-def measured(
-    choice: EncoderChoice, folders: list[Path], texts: Path, output: Path, seeds: int
-) -> dict[str, list[float]]:
-    """Each metric once for every draw, or every seed of k-means."""
-    found: dict[str, list[float]] = {name: [] for name in METRICS}
-    for folder in folders:
-        values = retrieve(choice, str(folder), output / folder.name)["retrieval"]
-        for name in METRICS:
-            found[name].append(values[name])
-    clusters = cluster_file(choice, texts, num_seeds=seeds)
-    return {**found, "v_measure": [clusters["mean"]["v_measure"], clusters["standard_deviation"]["v_measure"]]}
+def drawn(groups: np.ndarray, seed: int) -> np.ndarray:
+    """A row of each group, [G]."""
+    draw = np.random.default_rng(seed)
+    return np.array([draw.choice(np.flatnonzero(groups == group)) for group in range(groups.max() + 1)])
+
+
+def searched(vectors: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float]:
+    """Means over the queries; what stands for a group is its document."""
+    documents = drawn(groups, seed)
+    queries = np.setdiff1d(np.arange(len(groups)), documents)
+    lists = zip(queries, *exact_search(vectors[queries], vectors[documents], TOP_K), strict=True)
+    run = {str(query): {str(row): float(score) for score, row in zip(*own, strict=True)} for query, *own in lists}
+    judged = {str(query): {str(groups[query]): 1} for query in queries}
+    found = list(query_metrics(judged, run, TOP_K))
+    return {name: statistics.mean(values[name] for values in found) for name in METRICS}
+
+
+def measured(choice: EncoderChoice, texts: list[NamedText], seeds: int) -> dict[str, Any]:
+    """Each metric once for every draw, V-measure once for every start of k-means; and what was measured."""
+    numbers: dict[str, int] = {}
+    groups = np.array([numbers.setdefault(one.name, len(numbers)) for one in texts])
+    with located(choice) as found:
+        encoder = found.load()
+        windows = encoded_windows(encoder, found.checked(texts), len(texts), choice.name, "--texts")
+        vectors = np.concatenate([part for _, part in windows])
+    draws = [searched(vectors, groups, seed) for seed in range(seeds)]
+    v_measures = [agreement(groups, clusters(vectors, len(numbers), seed))[0] for seed in range(seeds)]
+    return {
+        "encoder": {"name": choice.name, **encoder.facts},
+        "seeds": seeds,
+        "texts": digest(texts),
+        **{name: [draw[name] for draw in draws] for name in METRICS},
+        "v_measure": v_measures,
+    }
+
+
+def digest(texts: list[NamedText]) -> str:
+    return hashlib.blake2b(json.dumps([[one.name, one.text] for one in texts]).encode(), digest_size=8).hexdigest()
+
+
+def rows(models: dict[str, str], texts: list[NamedText], seeds: int, output: Path) -> dict[str, Any]:
+    """The table, row by row; those of the same encoder, texts and seeds are taken from the file."""
+    table: dict[str, Any] = read_json(output) or {}
+    for name, model in models.items():
+        choice = choice_of(model)
+        with located(choice) as found:
+            same = {"encoder": {"name": choice.name, **found.facts}, "seeds": seeds, "texts": digest(texts)}
+        if same.items() <= table.get(name, {}).items():
+            logger.info("%s was done before", name)
+            continue
+        table[name] = measured(choice, texts, seeds)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, table)
+        logger.info("%s done", name)
+    return {name: table[name] for name in models}
 
 
 def main() -> None:
@@ -73,26 +113,29 @@ def main() -> None:
     parser.add_argument("--text", default="text")
     parser.add_argument("--group", default="category")
     parser.add_argument("--intents", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5, help="two or more")
+    parser.add_argument("--output", type=Path, required=True, help="a folder, for table.json")
     given = parser.parse_args()
+    if given.seeds < 2:
+        parser.error("--seeds: a deviation takes two or more")
+    models = dict(entry.split("=", 1) for entry in given.models if "=" in entry)
+    if len(models) < len(given.models):
+        parser.error("models: write each as NAME=MODEL, with a name of its own")
     set_up_logging()
-    kept = set(given.intents.read_text().split()) if given.intents else None
-    texts = [one for one in read_grouped(given.texts, given.text, given.group) if kept is None or one.name in kept]
-    folders = [write_folder(given.output / "data" / f"draw{seed}", texts, seed) for seed in range(given.seeds)]
-    grouped = given.output / "data" / "texts.jsonl"
-    write_records({grouped: [{"text": one.text, "group": one.name} for one in texts]})
-    table = {}
-    for name, _, model in (entry.partition("=") for entry in given.models):
-        table[name] = measured(choice_of(model), folders, grouped, given.output / name, given.seeds)
-        logging.getLogger("flipkd_dist").info("%s done", name)
-    (given.output / "table.json").write_text(json.dumps(table, indent=2))
-    print(f"{len(texts)} texts, {len({one.name for one in texts})} intents, {given.seeds} draws")
+    try:
+        texts = chosen_texts(given.texts, given.text, given.group, given.intents)
+        table = rows(models, texts, given.seeds, given.output / "table.json")
+    except UserError as error:
+        parser.error(str(error))
+    print(f"{len(texts)} texts, {len({one.name for one in texts})} intents.")
+    print(f"± is the standard deviation over {given.seeds} draws of the intents' texts; of V-measure, over as many")
+    print("starts of k-means on the same texts.\n")
     print("| model |", " | ".join([*METRICS, "V-measure"]), "|\n|---|---|---|---|---|")
     for name, found in table.items():
-        cells = [f"{statistics.mean(found[key]):.3f} ± {statistics.stdev(found[key]):.3f}" for key in METRICS]
-        mean, deviation = found["v_measure"]
-        print(f"| {name} |", " | ".join([*cells, f"{mean:.3f} ± {deviation:.3f}"]), "|")
+        each = [found[key] for key in (*METRICS, "v_measure")]
+        print(
+            f"| {name} |", " | ".join(f"{statistics.mean(one):.3f} ± {statistics.stdev(one):.3f}" for one in each), "|"
+        )
 
 
 if __name__ == "__main__":

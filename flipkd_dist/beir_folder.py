@@ -73,9 +73,6 @@ class Lines:
     def __len__(self) -> int:
         return self.database.execute(f"SELECT count(*) FROM {self.table}").fetchone()[0]
 
-    def __contains__(self, name: str) -> bool:
-        return self.database.execute(f"SELECT 1 FROM {self.table} WHERE id = ?", (name,)).fetchone() is not None
-
     def names(self) -> Iterator[str]:
         """The ids, the greatest first: by their UTF-8 bytes, as trec_eval breaks ties."""
         return (row[0] for row in self.database.execute(f"SELECT id FROM {self.table} ORDER BY id DESC"))

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
@@ -161,8 +160,9 @@ def _names(joined: str | None) -> list[str] | None:
     return None if joined is None else [name.strip() for name in joined.split(",") if name.strip()]
 
 
-def batched(function, unit: str = "Pairs"):
+def batched(function):
     """How a verb that predicts batches, and where it finds model and base."""
+    function = placed(function)
     for option in reversed(
         (
             click.option(
@@ -170,24 +170,27 @@ def batched(function, unit: str = "Pairs"):
                 default=8192,
                 show_default=True,
                 type=click.IntRange(1),
-                help=f"Tokens that a forward computes, shared ones once; a longer {unit[:-1].lower()} goes alone.",
+                help="Tokens that a forward computes, shared ones once; a longer pair goes alone.",
             ),
             click.option(
                 "--batch-size",
                 default=512,
                 show_default=True,
                 type=click.IntRange(1),
-                help=f"{unit} of a forward, at most.",
-            ),
-            click.option("--base-model", help="Where the base is, if not where it was in training."),
-            click.option(
-                "--tracking-uri",
-                help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db.",
+                help="Pairs of a forward, at most.",
             ),
         )
     ):
         function = option(function)
     return function
+
+
+def placed(function):
+    """Where a verb finds model and base."""
+    function = click.option(
+        "--tracking-uri", help="MLflow server of models:/ names. Default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db."
+    )(function)
+    return click.option("--base-model", help="Where the base is, if not where it was in training.")(function)
 
 
 @cli.command()
@@ -263,7 +266,7 @@ def rank(
 
 def encoding(function):
     """MODEL or --encoder, and how texts are batched."""
-    function = batched(function, "Texts")
+    function = placed(function)
     for option in reversed(
         (
             click.argument("model", required=False),
@@ -271,21 +274,56 @@ def encoding(function):
             click.option(
                 "--max-length", type=click.IntRange(1), help="Tokens of a text for --encoder.  [default: 128]"
             ),
+            click.option("--prompt", help="Before every text for --encoder. Default: its own, if it has one."),
+            click.option(
+                "--max-batch-tokens",
+                type=click.IntRange(1),
+                help="Tokens that a forward of an adapter computes; a longer text goes alone.  [default: 8192]",
+            ),
+            click.option(
+                "--batch-size",
+                type=click.IntRange(1),
+                help="Texts of a forward, at most.  [default: 512; with --encoder 64]",
+            ),
         )
     ):
         function = option(function)
     return function
 
 
-def _choice(model, encoder, max_length, **batching):
-    """What the options of `encoding` say; those that were not given stay None."""
+def _choice(**options):
+    """What the options of `encoding` say."""
     from flipkd_dist.text_encoder import EncoderChoice
 
-    source = click.get_current_context().get_parameter_source
-    given = {name: value for name, value in batching.items() if source(name) is not ParameterSource.DEFAULT}
-    choice = EncoderChoice(model, encoder, max_length, **given)
+    choice = EncoderChoice(**options)
     choice.check()
     return choice
+
+
+def _check_server(tracking_uri, *models) -> None:
+    if tracking_uri and not any(model and model.startswith("models:/") for model in models):
+        raise UserError("--tracking-uri: has no effect without a models:/ name: leave it out")
+
+
+def grouped(function):
+    """A file of texts in groups."""
+    for option in reversed(
+        (
+            click.option(
+                "--input",
+                "input_",
+                type=click.Path(path_type=Path),
+                required=True,
+                help="Texts with their groups: JSONL, CSV, TSV or Parquet.",
+            ),
+            click.option("--text", default="text", show_default=True, help="Column of the text."),
+            click.option(
+                "--group", default="group", show_default=True, help="Column of the group; texts of one group match."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
 
 
 @cli.command()
@@ -304,6 +342,7 @@ def _choice(model, encoder, max_length, **batching):
 def embed(input_, output, text, name, **options) -> None:
     """Unit vector of each text. MODEL: a run or adapter folder or models:/NAME@ALIAS of student.mode alone."""
     choice = _choice(**options)
+    _check_server(choice.tracking_uri, choice.model)
     from flipkd_dist.embed_file import embed_file
 
     logger.info("%d vectors of %d numbers -> %s", *embed_file(choice, input_, output, text, name), output)
@@ -317,41 +356,46 @@ def embed(input_, output, text, name, **options) -> None:
 @click.option("--rerank", help="Ranks the first of each list again: an adapter as MODEL, but of student.mode pair.")
 @click.option("--rerank-top-k", type=click.IntRange(1), help="So many of each list.  [default: 20]")
 @click.option("--rerank-base-model", help="Where the base of --rerank is, if not where it was in training.")
+@click.option(
+    "--vectors",
+    type=click.Path(path_type=Path),
+    help="A folder where the documents' vectors stay: the next search, or this one once killed, goes on with them.",
+)
+@click.option("--query-prompt", help="Before queries, in place of --prompt.")
+@click.option("--document-prompt", help="Before documents, in place of --prompt.")
 @encoding
-def retrieve(data, output, top_k, ann, rerank, rerank_top_k, rerank_base_model, **options) -> None:
+def retrieve(data, output, top_k, ann, rerank, rerank_top_k, rerank_base_model, vectors, **options) -> None:
     """Find the documents of a BEIR folder for its queries, and measure it. MODEL as in `embed`.
 
     Writes run.trec, with --rerank reranked.trec, and metrics.json: nDCG@10, MRR@10, MAP, recall at 1, 10 and 100.
     """
-    tracking_uri = options["tracking_uri"]
+    given = dict(options)
     if rerank and options["encoder"]:
-        options["tracking_uri"] = None  # it is meant for --rerank
+        options |= {"tracking_uri": None, "max_batch_tokens": None}  # they are meant for --rerank
     choice = _choice(**options)
+    _check_server(given["tracking_uri"], choice.model, rerank)
     if rerank is None and (rerank_top_k or rerank_base_model):
         raise UserError("--rerank-top-k and --rerank-base-model: have no effect without --rerank: leave them out")
     from flipkd_dist import retrieve_folder
+    from flipkd_dist.token_batches import BatchLimits
 
-    again = rerank and retrieve_folder.Rerank(rerank, rerank_top_k or 20, rerank_base_model, tracking_uri)
-    click.echo(retrieve_folder.table(retrieve_folder.retrieve(choice, data, output, top_k, ann, again)))
+    again = None
+    if rerank:
+        limits = BatchLimits(given["max_batch_tokens"] or BatchLimits.tokens, given["batch_size"] or BatchLimits.pairs)
+        again = retrieve_folder.Rerank(rerank, rerank_top_k or 20, rerank_base_model, given["tracking_uri"], limits)
+    click.echo(retrieve_folder.table(retrieve_folder.retrieve(choice, data, output, top_k, ann, again, vectors)))
     logger.info("-> %s", output)
 
 
 @cli.command()
-@click.option(
-    "--input",
-    "input_",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Texts with their groups: JSONL, CSV, TSV or Parquet.",
-)
-@click.option("--text", default="text", show_default=True, help="Column of the text.")
-@click.option("--group", default="group", show_default=True, help="Column of the group.")
+@grouped
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Runs of k-means: 0, 1, ...")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 @encoding
 def cluster(input_, text, group, seeds, as_json, **options) -> None:
     """Does k-means over the vectors find the groups of the texts? MODEL as in `embed`."""
     choice = _choice(**options)
+    _check_server(choice.tracking_uri, choice.model)
     from flipkd_dist import cluster_file
 
     found = cluster_file.cluster_file(choice, input_, text, group, seeds)
@@ -387,15 +431,7 @@ def export(model, output, merge, base_model, probes, text_a, text_b, no_probe, m
 
 
 @cli.command()
-@click.option(
-    "--input",
-    "input_",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Texts with their groups: JSONL, CSV, TSV or Parquet.",
-)
-@click.option("--text", default="text", show_default=True, help="Column of the text.")
-@click.option("--group", default="group", show_default=True, help="Column of the group; texts of one group match.")
+@grouped
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The extension is the format.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="The only source of chance.")
 @click.option(

@@ -44,7 +44,8 @@ def cluster_file(
         encoder, folder = found.load(), Path(tempfile.gettempdir())
         with room_in(folder), vector_file(folder, len(labels), encoder.dimension) as vectors:
             start = 0
-            for window, part in encoded_windows(encoder, read_grouped(source, text, group), len(labels), "embed"):
+            entries = read_grouped(source, text, group)
+            for window, part in encoded_windows(encoder, entries, len(labels), "embed", f"--input {source}"):
                 vectors[start : start + len(window)] = part
                 start += len(window)
             runs = [agreement(labels, clusters(vectors, len(numbers), seed)) for seed in range(num_seeds)]
@@ -52,7 +53,7 @@ def cluster_file(
     deviation = scores.std(axis=0, ddof=1) if num_seeds > 1 else np.zeros(len(METRICS))
     return {
         "data": str(source),
-        "encoder": choice.name,
+        "encoder": {"name": choice.name, **found.facts},
         "texts": len(labels),
         "groups": len(numbers),
         "seeds": num_seeds,

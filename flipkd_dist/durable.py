@@ -27,8 +27,8 @@ def room_in(folder: Path) -> Iterator[None]:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
         raise UserError(
-            f"{folder}: no space left ({free:,.0f} MiB free; a quota may allow less): make room or choose another "
-            "output_dir; what is complete stays, run again to go on"
+            f"{folder}: no space left ({free:,.0f} MiB free; a quota may allow less): make room or write to "
+            "another disk, then run again; what is complete stays"
         ) from error
 
 

@@ -14,7 +14,7 @@ from flipkd_dist.durable import whole_file
 from flipkd_dist.errors import UserError
 from flipkd_dist.pair_files import check_output
 from flipkd_dist.predict_file import check_not_input
-from flipkd_dist.text_encoder import EncoderChoice, TextEncoder, encoded_windows, located
+from flipkd_dist.text_encoder import EncoderChoice, encoded_windows, located
 from flipkd_dist.text_records import NamedText, read_named
 
 NPY = ".npy"
@@ -49,36 +49,30 @@ def embed_file(
     with located(choice) as found:
         count = sum(1 for _ in found.checked(entries()))
         encoder = found.load()
-        parts = encoded_windows(encoder, entries(), count, "embed")
+        parts = encoded_windows(encoder, entries(), count, "embed", f"--input {source}")
         with whole_file(output) as file:
-            written = (write_npy if output.suffix == NPY else write_parquet)(file, parts, count, encoder)
-    if written != count:
-        raise UserError(f"--input {source}: {count} texts were checked and {written} read: it changed meanwhile")
+            if output.suffix == NPY:
+                write_npy(file, parts, count, encoder.dimension)
+            else:
+                write_parquet(file, parts, encoder.dimension)
     return count, encoder.dimension
 
 
-def write_npy(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder) -> int:
-    """NumPy's own format, row after row; the number of rows."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (count, encoder.dimension)}
-    np.lib.format.write_array_header_1_0(file, header)
-    written = 0
-    for window, vectors in parts:
+def write_npy(file: BinaryIO, parts: Parts, count: int, width: int) -> None:
+    """NumPy's own format, row after row."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
+    for _, vectors in parts:
         file.write(np.ascontiguousarray(vectors, "<f4").tobytes())
-        written += len(window)
-    return written
 
 
-def write_parquet(file: BinaryIO, parts: Parts, count: int, encoder: TextEncoder) -> int:
-    """A row group for each window: `id` (null where there is none) and `vector`; the number of rows."""
+def write_parquet(file: BinaryIO, parts: Parts, width: int) -> None:
+    """A row group for each window: `id` (null where there is none) and `vector`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), encoder.dimension))])
-    written = 0
+    schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), width))])
     with pq.ParquetWriter(file, schema) as writer:
         for window, vectors in parts:
             names = pa.array([entry.name or None for entry in window], pa.string())
             flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-            writer.write_table(pa.table([names, pa.FixedSizeListArray.from_arrays(flat, encoder.dimension)], schema))
-            written += len(window)
-    return written
+            writer.write_table(pa.table([names, pa.FixedSizeListArray.from_arrays(flat, width)], schema))

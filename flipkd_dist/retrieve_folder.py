@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -18,32 +18,23 @@ import numpy as np
 
 from flipkd_dist.adapter import AdapterCard
 from flipkd_dist.durable import room_in, whole_file
+from flipkd_dist.embedder import adapter_facts
 from flipkd_dist.errors import UserError
+from flipkd_dist.folder_search import FolderSearch, Lists
 from flipkd_dist.judged_folder import JudgedFolder, judged_folder
 from flipkd_dist.predict import Matcher, progress, saved_encoder
-from flipkd_dist.predict_file import LIMITS, local_adapter
+from flipkd_dist.predict_file import LIMITS, check_tokens, local_adapter
 from flipkd_dist.rank_file import TAG, rank_lists
 from flipkd_dist.rank_records import CandidateList
 from flipkd_dist.retrieval_metrics import names, query_metrics
 from flipkd_dist.run_folder import write_json
-from flipkd_dist.text_encoder import EncoderChoice, TextEncoder, encoded_windows, located
-from flipkd_dist.text_records import NamedText
+from flipkd_dist.text_encoder import EncoderChoice, located
 from flipkd_dist.token_batches import BatchLimits
-from flipkd_dist.vector_search import (
-    ApproximateIndex,
-    best_of,
-    exact_search,
-    keys,
-    recall_against,
-    scores_and_rows,
-    vector_file,
-)
+from flipkd_dist.vector_search import best_of, keys, scores_and_rows
 
 logger = logging.getLogger("flipkd_dist")
-COMPARED = 200  # queries, spread evenly, on which an approximate search is compared with the exact one
 BLOCK = 1000  # queries that are evaluated together
 RUN, RERANKED, METRICS = "run.trec", "reranked.trec", "metrics.json"
-Lists = tuple[np.ndarray, np.ndarray]  # scores float32 and rows int64 [Q, k]; row -1: no more
 
 
 @dataclass(frozen=True)
@@ -64,6 +55,7 @@ def retrieve(
     top_k: int = 100,
     ann: str | None = None,
     rerank: Rerank | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Write `run.trec`, with `rerank` `reranked.trec`, and `metrics.json`, which is returned.
 
@@ -71,33 +63,40 @@ def retrieve(
         data: a BEIR folder, `FOLDER` or `FOLDER:SPLIT`.
         output: a new or empty folder.
         ann: None searches exactly; "hnsw" or "ivf" by FAISS.
+        kept: a folder where the documents' vectors stay, and are found again; None: they go with the process.
     Raises:
-        UserError: a mistake in the data, no such model, an output folder that is not empty.
+        UserError: a mistake in the data, no such model, an output folder that is not empty, `kept` of another search.
     """
     if rerank and rerank.top_k > top_k:
         raise UserError(f"--rerank-top-k {rerank.top_k}: lists have {top_k} documents: raise --top-k or lower it")
     if ann:
         _require_faiss()
     _check_folder(output)
+    if kept:
+        _check_writable("--vectors", kept)
     with ExitStack() as held:
-        encoder = held.enter_context(located(choice))
+        found = held.enter_context(located(choice))
         adapter = _reranking_adapter(held, rerank)
         judged = held.enter_context(judged_folder(data))
         _warn(judged)
-        for _ in encoder.checked(chain(judged.query_texts(), judged.document_texts())):
-            pass  # before the weights are loaded
+        again = saved_encoder(adapter, rerank.base_model) if rerank else None
+        for tokens in (found.tokens, again):  # before any weights are loaded
+            for _ in check_tokens(chain(judged.query_texts(), judged.document_texts()), tokens) if tokens else ():
+                pass
         with room_in(output):
             output.mkdir(parents=True, exist_ok=True)
-        lists, found = _search(encoder.load, judged, output, top_k, ann)
-        metrics = {"data": data, "encoder": choice.name, **_counts(judged), "top_k": top_k, **found}
+        search = FolderSearch(found, choice, judged, data, output, kept)
+        lists, how = search.lists(top_k, ann)
+        metrics = {"data": data, "encoder": search.facts, **_counts(judged), "top_k": top_k, **how}
         metrics["retrieval"] = _write_and_measure(output / RUN, judged, lists, top_k)
+        write_json(output / METRICS, metrics)
         if rerank:
             began = time.monotonic()
-            again = _ranked_again(Matcher(adapter, rerank.base_model), judged, lists, rerank)
-            metrics["rerank"] = {"model": rerank.model, "top_k": rerank.top_k}
-            metrics["reranked"] = _write_and_measure(output / RERANKED, judged, again, top_k)
+            lists = _ranked_again(Matcher(adapter, rerank.base_model), judged, lists, rerank)
+            metrics["rerank"] = {"model": rerank.model, **adapter_facts(adapter), "top_k": rerank.top_k}
+            metrics["reranked"] = _write_and_measure(output / RERANKED, judged, lists, top_k)
             metrics["seconds"]["rerank"] = time.monotonic() - began
-        write_json(output / METRICS, metrics)
+            write_json(output / METRICS, metrics)
     return metrics
 
 
@@ -111,11 +110,15 @@ def _require_faiss() -> None:
 
 
 def _check_folder(output: Path) -> None:
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: {existing} is not writable: name another folder")
+    _check_writable("--output", output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is no empty folder: name another or remove it")
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder}: {existing} is no folder or not writable: name another folder")
 
 
 def _reranking_adapter(held: ExitStack, rerank: Rerank | None) -> Path | None:
@@ -124,7 +127,6 @@ def _reranking_adapter(held: ExitStack, rerank: Rerank | None) -> Path | None:
     adapter = held.enter_context(local_adapter(rerank.model, rerank.tracking_uri))
     if AdapterCard.read(adapter).mode != "pair":
         raise UserError(f"--rerank {rerank.model}: reads single texts: name an adapter of student.mode: pair")
-    saved_encoder(adapter, rerank.base_model)  # its base is there
     return adapter
 
 
@@ -143,42 +145,6 @@ def _counts(judged: JudgedFolder) -> dict[str, int]:
         "documents_left_out": judged.num_without_text,
         "relevant_documents_missing": judged.num_missing,
     }
-
-
-def _search(
-    load: Callable[[], TextEncoder], judged: JudgedFolder, folder: Path, top_k: int, ann: str | None
-) -> tuple[Lists, dict[str, Any]]:
-    """The lists, and how they came about; the encoder is gone afterwards."""
-    encoder, seconds, began = load(), {}, time.monotonic()
-
-    def lap(name: str) -> None:
-        nonlocal began
-        seconds[name] = time.monotonic() - began
-        began = time.monotonic()
-
-    def parts(texts: Iterator[NamedText], total: int, description: str) -> Iterator[np.ndarray]:
-        return (vectors for _, vectors in encoded_windows(encoder, texts, total, description))
-
-    with room_in(folder), vector_file(folder, judged.num_documents, encoder.dimension) as vectors:
-        start = 0
-        for part in parts(judged.document_texts(), judged.num_documents, "documents"):
-            vectors[start : start + len(part)] = part
-            start += len(part)
-        lap("documents")
-        queries = np.concatenate(list(parts(judged.query_texts(), len(judged.queries), "queries")))
-        lap("queries")
-        if ann is None:
-            lists, search = exact_search(queries, vectors, top_k), {"kind": "exact"}
-            lap("search")
-        else:
-            index = ApproximateIndex(ann, vectors)
-            lap("index")
-            lists = index.search(queries, top_k)
-            lap("search")
-            some = np.unique(np.linspace(0, len(queries) - 1, COMPARED).astype(int))
-            recall = recall_against(lists[1][some], exact_search(queries[some], vectors, top_k)[1])
-            search = {"kind": ann, "recall_against_exact": recall, "compared_queries": len(some)}
-    return lists, {"search": search, "seconds": seconds}
 
 
 def _write_and_measure(path: Path, judged: JudgedFolder, lists: Lists, top_k: int) -> dict[str, float]:

@@ -12,9 +12,10 @@ from peft_reference import CARD
 from test_predict_file import write_jsonl
 
 from flipkd_dist import cli, text_encoder
-from flipkd_dist.text_encoder import TextEncoder
+from flipkd_dist.text_encoder import BatchedEncoder
 
 WIDTH = 8
+FACTS = {"step": 3, "fingerprint": "abc", "max_length": 120, "prompt": None}
 
 
 def made_up_vector(text: str) -> np.ndarray:
@@ -57,9 +58,10 @@ def encoders(monkeypatch, tmp_path):
 
     def load(*_):
         made.append(MadeUpEncoder())
-        return TextEncoder(made[-1], WIDTH, {})
+        return BatchedEncoder(made[-1], WIDTH, {}, FACTS)
 
     monkeypatch.setattr(text_encoder, "_student_encoder", load)
+    monkeypatch.setattr(text_encoder, "adapter_facts", lambda _: FACTS)
     monkeypatch.setattr(text_encoder, "saved_encoder", lambda *_: Tokens())
     monkeypatch.chdir(tmp_path)
     save_card(tmp_path / "adapter", mode="alone")

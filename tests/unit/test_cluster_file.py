@@ -1,10 +1,11 @@
 """The verb `cluster`: groups that vectors show are found, others are not; seeds, batches, mistakes."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
-from encoders import flipkd, refused
+from encoders import FACTS, flipkd, refused
 from test_predict_file import write_jsonl
 
 from flipkd_dist import cluster_file
@@ -29,6 +30,7 @@ def test_groups_that_vectors_show(encoders, monkeypatch, capsys):
     assert cluster(monkeypatch, "--json", "--seeds", 3) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["texts"], found["groups"], found["seeds"]) == (200, 6, 3)
+    assert found["encoder"] == {"name": "adapter", **FACTS}
     assert found["mean"] == pytest.approx(dict.fromkeys(cluster_file.METRICS, 1.0))
     assert found["standard_deviation"] == pytest.approx(dict.fromkeys(cluster_file.METRICS, 0.0))
     write_jsonl("in.jsonl", grouped(200, 6, seen=False))
@@ -64,6 +66,14 @@ def test_agreement_by_hand():
     v_measure, homogeneity, completeness, rand = cluster_file.agreement(np.array([0, 0, 1, 1]), np.array([5, 5, 2, 3]))
     assert homogeneity == pytest.approx(1) and completeness == pytest.approx(2 / 3) and v_measure == pytest.approx(0.8)
     assert rand == pytest.approx(4 / 7)  # 1 pair together in both, expected 1/3, largest (2 + 1) / 2
+
+
+@pytest.mark.parametrize("second", [150, 250])
+def test_an_input_that_changed(monkeypatch, capsys, second):
+    write_jsonl("in.jsonl", grouped(300, 6))
+    counts, read = [200, second], cluster_file.read_grouped
+    monkeypatch.setattr(cluster_file, "read_grouped", lambda *given: islice(read(*given), counts.pop(0)))
+    refused(cluster(monkeypatch), capsys, "--input in.jsonl: 200 texts were checked and")
 
 
 MISTAKES = {

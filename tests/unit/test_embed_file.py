@@ -2,6 +2,7 @@
 
 import os
 import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -105,6 +106,20 @@ def test_nothing_stays_of_an_output_that_failed(encoders, monkeypatch, tmp_path)
             embed_file.embed_file(EncoderChoice("adapter"), tmp_path / "in.jsonl", tmp_path / name)
     assert (tmp_path / "out.npy").read_text() == "of before"
     assert sorted(os.listdir()) == ["adapter", "in.jsonl", "out.npy", "pairs"]
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet"])
+def test_an_input_that_changed_leaves_no_output(monkeypatch, tmp_path, capsys, output):
+    write_jsonl("in.jsonl", texts(30))
+    reads, read = [], embed_file.read_named
+
+    def shorter(*given):
+        reads.append(given)
+        return islice(read(*given), 30 if len(reads) < 3 else 20)  # the first look, the check, the encoding
+
+    monkeypatch.setattr(embed_file, "read_named", shorter)
+    refused(embed(monkeypatch, "--input", "in.jsonl", "--output", output), capsys, "--input in.jsonl: 30 texts were ch")
+    assert sorted(os.listdir()) == ["adapter", "in.jsonl", "pairs"]
 
 
 @pytest.mark.parametrize("output", ["out.npy", "out.parquet"])

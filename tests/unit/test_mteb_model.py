@@ -6,6 +6,7 @@ from encoders import WIDTH, MadeUpEncoder, flipkd, made_up_vector, write_beir
 from scipy.stats import spearmanr
 from test_retrieve_folder import CORPUS, JUDGED, QUERIES, read_metrics
 
+from flipkd_dist.errors import UserError
 from flipkd_dist.mteb_model import MtebModel
 
 METADATA = dict(
@@ -69,7 +70,7 @@ def retrieval_task(corpus, queries, relevant):
 def evaluated(task):
     import mteb
 
-    model = MtebModel(MadeUpEncoder(), "ours/made-up")
+    model = MtebModel(MadeUpEncoder(), "ours/made-up", "1")
     [result] = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results
     [scores] = result.scores["test"]
     return scores
@@ -87,6 +88,31 @@ def test_the_model_is_one_of_mteb():
     assert np.allclose(model.similarity(one, other), vectors @ vectors[::-1].T, atol=1e-6)
     assert np.allclose(model.similarity_pairwise(one, other), (vectors * vectors[::-1]).sum(1), atol=1e-6)
     assert model.similarity(one[0], other).shape == (1, 3)
+
+
+def test_the_revision_is_the_encoders_own():
+    class Trained(MadeUpEncoder):
+        revision = "step-7-abc"
+
+    assert MtebModel(Trained(), "ours/made-up").mteb_model_meta.revision == "step-7-abc"
+    with pytest.raises(UserError, match="ours/made-up: this encoder has no revision"):
+        MtebModel(MadeUpEncoder(), "ours/made-up")
+
+
+def test_a_text_without_tokens_is_similar_to_nothing(said):
+    class Picky(MadeUpEncoder):
+        def has_tokens(self, texts):
+            return [bool(text) for text in texts]
+
+        def encode(self, texts):
+            assert all(texts)
+            return super().encode(texts)
+
+    model = MtebModel(Picky(), "ours/made-up", "1")
+    vectors = model.encode([{"text": ["a", ""]}, {"text": ["", "b"]}])
+    assert not vectors[1:3].any() and np.array_equal(vectors[[0, 3]], MadeUpEncoder().encode(["a", "b"]))
+    assert model.encode([{"text": [""]}]).shape == (1, WIDTH) and not model.similarity(vectors[1], vectors).any()
+    assert model.num_without_tokens == 3 and said[0].startswith("2 texts have no token")
 
 
 def test_a_task_of_pairs():

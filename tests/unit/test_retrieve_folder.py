@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import flipkd, made_up_vector, refused, write_beir
+from encoders import FACTS, flipkd, made_up_vector, refused, write_beir
 from matchers import MadeUpEncoder as PairTokens
 from matchers import MadeUpMatcher, made_up_score
+from peft_reference import CARD
 from retrieval_reference import reference_metrics, reference_order
+from tiny_teacher import save_tiny_teacher
 
 from flipkd_dist import retrieve_folder
+from flipkd_dist.judged_folder import JudgedFolder
 
 pytestmark = pytest.mark.usefixtures("encoders")
 WORDS = ("card", "pin", "money", "lost")
@@ -151,13 +154,69 @@ def test_the_first_ones_are_ranked_again(monkeypatch, folder, matchers):
     expected = mean_reference(again)
     del expected["recall@100"]
     assert metrics["reranked"] == pytest.approx(expected, abs=1e-12)
-    assert metrics["rerank"] == {"model": "pairs", "top_k": 8} and "rerank" in metrics["seconds"]
+    assert metrics["rerank"].items() >= {"model": "pairs", "top_k": 8, "step": CARD.step}.items()
+    assert "rerank" in metrics["seconds"]
 
 
 def test_a_list_may_be_shorter_than_what_is_ranked_again(monkeypatch, tmp_path, matchers):
     write_beir(tmp_path / "beir", {"a": "card", "b": "pin"}, {"q": "card"}, [("q", "a", 1)])
     assert retrieve(monkeypatch, "--rerank", "pairs") == 0
     assert {*read_run("out/reranked.trec")["q"]} == {"a", "b"}
+
+
+def test_limits_of_ranking_again(monkeypatch, folder, matchers):
+    """With --encoder the tokens of a forward are meant for --rerank; the size of a batch is both's."""
+    limits, scores = set(), MadeUpMatcher.scores
+
+    def noted(self, texts, given, done):
+        limits.add((given.tokens, given.pairs))
+        return scores(self, texts, given, done)
+
+    monkeypatch.setattr(MadeUpMatcher, "scores", noted)
+    options = ("--rerank", "pairs", "--max-batch-tokens", 77, "--batch-size", 5)
+    assert retrieve(monkeypatch, *options) == 0 and limits == {(77, 5)}
+    limits.clear()
+    teacher = str(save_tiny_teacher(folder.parent / "teacher"))
+    common = ("retrieve", "--data", "beir", "--encoder", teacher, "--max-length", 16)
+    assert flipkd(monkeypatch, *common, "--output", "other", *options) == 0 and limits == {(77, 5)}
+
+
+def test_a_text_without_tokens_for_ranking_again_is_told_first(encoders, monkeypatch, tmp_path, matchers, capsys):
+    write_beir(tmp_path / "beir", {"a": "card", "b": "\ufffd"}, {"q": "card"}, [("q", "a", 1)])
+    teacher = str(save_tiny_teacher(tmp_path / "teacher"))
+    common = ("retrieve", "--data", "beir", "--output", "out", "--encoder", teacher)
+    refused(flipkd(monkeypatch, *common, "--rerank", "pairs"), capsys, "beir/corpus.jsonl: document 'b': the student's")
+    assert not matchers and not os.path.exists("out")
+
+
+def test_a_failure_in_ranking_again_loses_nothing_of_the_search(monkeypatch, folder, matchers):
+    def fail(*_):
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr(MadeUpMatcher, "scores", fail)
+    assert retrieve(monkeypatch, "--rerank", "pairs") == 1
+    metrics = read_metrics()
+    assert metrics["retrieval"]["ndcg@10"] > 0 and "reranked" not in metrics
+    assert metrics["encoder"] == {"name": "adapter", **FACTS}
+
+
+def test_documents_of_an_encoder_are_not_read_for_tokens(monkeypatch, folder):
+    calls, texts = [], JudgedFolder.document_texts
+    monkeypatch.setattr(JudgedFolder, "document_texts", lambda self: calls.append(1) or texts(self))
+    teacher = str(save_tiny_teacher(folder.parent / "teacher"))
+    common = ("retrieve", "--data", "beir", "--output", "out", "--encoder", teacher, "--max-length", 16)
+    options = ("--query-prompt", "how ", "--document-prompt", "is ")
+    assert flipkd(monkeypatch, *common, *options) == 0 and len(calls) == 1
+    encoder = read_metrics()["encoder"]
+    assert (encoder["query_prompt"], encoder["prompt"], encoder["max_length"]) == ("how ", "is ", 16)
+
+
+def test_a_server_without_a_registered_name(monkeypatch, folder, matchers, capsys):
+    for options in ((), ("--rerank", "pairs")):
+        refused(retrieve(monkeypatch, *options, "--tracking-uri", "x"), capsys, "--tracking-uri: has no effect")
+    for verb, *more in (("embed", "--output", "o.npy"), ("cluster",)):
+        code = flipkd(monkeypatch, verb, "adapter", "--input", "in.jsonl", *more, "--tracking-uri", "x")
+        refused(code, capsys, "--tracking-uri: has no effect")
 
 
 MISTAKES = {
