@@ -66,8 +66,8 @@ def searched(vectors: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, fl
     return {name: statistics.mean(values[name] for values in found) for name in METRICS}
 
 
-def measured(choice: EncoderChoice, texts: list[NamedText], seeds: int) -> dict[str, Any]:
-    """Each metric once for every draw, V-measure once for every start of k-means; and what was measured."""
+def measured(choice: EncoderChoice, texts: list[NamedText], seeds: int) -> dict[str, list[float]]:
+    """Each metric once for every draw, V-measure once for every start of k-means."""
     numbers: dict[str, int] = {}
     groups = np.array([numbers.setdefault(one.name, len(numbers)) for one in texts])
     with located(choice) as found:
@@ -76,13 +76,7 @@ def measured(choice: EncoderChoice, texts: list[NamedText], seeds: int) -> dict[
         vectors = np.concatenate([part for _, part in windows])
     draws = [searched(vectors, groups, seed) for seed in range(seeds)]
     v_measures = [agreement(groups, clusters(vectors, len(numbers), seed))[0] for seed in range(seeds)]
-    return {
-        "encoder": {"name": choice.name, **encoder.facts},
-        "seeds": seeds,
-        "texts": digest(texts),
-        **{name: [draw[name] for draw in draws] for name in METRICS},
-        "v_measure": v_measures,
-    }
+    return {**{name: [draw[name] for draw in draws] for name in METRICS}, "v_measure": v_measures}
 
 
 def digest(texts: list[NamedText]) -> str:
@@ -92,14 +86,16 @@ def digest(texts: list[NamedText]) -> str:
 def rows(models: dict[str, str], texts: list[NamedText], seeds: int, output: Path) -> dict[str, Any]:
     """The table, row by row; those of the same encoder, texts and seeds are taken from the file."""
     table: dict[str, Any] = read_json(output) or {}
+    wanted = {}
+    for name, model in models.items():  # all are there before one is measured
+        with located(choice_of(model)) as found:
+            encoder = {"name": model, **found.facts}
+            wanted[name] = {"encoder": encoder, "seeds": seeds, "texts": digest(texts)}
     for name, model in models.items():
-        choice = choice_of(model)
-        with located(choice) as found:
-            same = {"encoder": {"name": choice.name, **found.facts}, "seeds": seeds, "texts": digest(texts)}
-        if same.items() <= table.get(name, {}).items():
+        if wanted[name].items() <= table.get(name, {}).items():
             logger.info("%s was done before", name)
             continue
-        table[name] = measured(choice, texts, seeds)
+        table[name] = wanted[name] | measured(choice_of(model), texts, seeds)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, table)
         logger.info("%s done", name)

@@ -64,6 +64,8 @@ class EncoderChoice:
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"--{name.replace('_', '-')}: has no effect {needed}: leave it out")
+        if None not in (self.prompt, self.query_prompt, self.document_prompt):
+            raise UserError("--prompt: has no effect beside --query-prompt and --document-prompt: leave it out")
 
     def _without_effect(self) -> tuple[dict[str, Any], str]:
         if self.model is not None:

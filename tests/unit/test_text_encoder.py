@@ -23,6 +23,7 @@ CONTRADICTIONS = {
     "both": (dict(model="a", encoder="b"), "MODEL: name an adapter"),
     "length of an adapter": (dict(model="a", max_length=5), "--max-length: has no effect on an adapter"),
     "prompt of an adapter": (dict(model="a", query_prompt="q: "), "--query-prompt: has no effect on an adapter"),
+    "three prompts": (dict(encoder="a", prompt="", query_prompt="q", document_prompt="d"), "--prompt: has no effect b"),
     "tokens of an encoder": (dict(encoder="a", max_batch_tokens=5), "--max-batch-tokens: has no effect on an encoder"),
     "base of an encoder": (dict(encoder="a", base_model="b"), "--base-model: has no effect on an encoder"),
     "server of an encoder": (dict(encoder="a", tracking_uri="b"), "--tracking-uri: has no effect on an encoder"),
