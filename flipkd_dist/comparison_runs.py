@@ -200,8 +200,9 @@ class Runner:
             run.folder.stop.unlink(missing_ok=True)
             taught_by = None if teacher is None else str(teacher.folder.path)
             values = run.config.model_dump(mode="json")
-            computes = run.row.kind == "classic" or trains_in_task(run.config)
-            self.tasks.start(run, run.config, computes, values, run.row.kind, taught_by, run.key)
+            classic = run.row.kind == "classic"
+            computes = classic or trains_in_task(run.config)
+            self.tasks.start(run, run.config, computes, classic, values, run.row.kind, taught_by, run.key)
         return not self.stopping and any(run.status == "waiting" for run in self.runs)
 
     def _ended(self, run: Run, result: Any) -> None:

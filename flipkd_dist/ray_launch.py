@@ -193,11 +193,18 @@ class Tasks:
     def __init__(self, function: Callable[..., Any]):
         self.function, self.running = function, {}
 
-    def start(self, key: Any, config: RunConfig, computes: bool, *arguments: Any) -> None:
-        """Call the function with `arguments`; a call that `computes` by itself takes a worker's resources."""
+    def start(self, key: Any, config: RunConfig, computes: bool, ends_process: bool, *arguments: Any) -> None:
+        """Call the function with `arguments`.
+
+        Args:
+            computes: by itself: the call takes a worker's resources.
+            ends_process: what it leaves in memory would count for the next one.
+        """
         import ray
 
         options = task_options(worker_resources(config) if computes else {})
+        if ends_process:
+            options["max_calls"] = 1
         task = ray.remote(max_retries=0, **options)(self.function)  # with GPUs, Ray takes a new process for each call
         self.running[task.remote(*arguments)] = key
 
