@@ -135,7 +135,7 @@ def plan(
 @cli.command()
 @configured
 @click.option("--rows", help="Rows of the table, by comma; lora_sup is always one of them. Default: all.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each row, from seed on.")
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each row, from seed on.")
 @click.option(
     "--sweep", multiple=True, metavar="KEY=V1,V2", help="flip with each value of a setting (may be repeated)."
 )

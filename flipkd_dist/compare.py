@@ -27,7 +27,7 @@ logger = logging.getLogger("flipkd_dist")
 def compare(
     config: RunConfig,
     names: Sequence[str] | None = None,
-    num_seeds: int = 3,
+    num_seeds: int = 5,
     sweeps: Sequence[str] = (),
     teachers: Sequence[str] = (),
     settings: Sequence[str] = (),
