@@ -83,19 +83,13 @@ def token_batches(
         groups.setdefault(tuple(pair.ids[: pair.text_b.start]), []).append(number)  # first text and separator
     for members in groups.values():
         members.sort(key=lambda number: -len(pairs[number].ids))
-    empty = _Load(prefix_length, shared)
-    batches, batch, load = [], [], empty
-    for members in sorted(groups.values(), key=lambda members: -len(pairs[members[0]].ids)):
-        for position, number in enumerate(members):
-            length = len(pairs[number].ids)
-            shared_before = pairs[number].text_b.start if position and batch else 0
-            more = load.with_pair(length, length - shared_before)
-            if batch and not more.fits(limits):
-                batches.append(batch)
-                batch, more = [], empty.with_pair(length, length)
-            batch.append(number)
-            load = more
-    return [*batches, batch] if batch else batches
+    in_order = sorted(groups.values(), key=lambda members: -len(pairs[members[0]].ids))
+    items = (
+        (number, len(pairs[number].ids), pairs[number].text_b.start if position else 0)
+        for members in in_order
+        for position, number in enumerate(members)
+    )
+    return _filled(items, _Load(prefix_length, shared), limits)
 
 
 def text_batches(
@@ -109,11 +103,20 @@ def text_batches(
         own_prefix: whether each text of the row has a prefix of its own.
     """
     apart = prefix_length if shared and own_prefix else 0
-    empty = _Load(prefix_length - apart, shared)
+    in_order = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
+    items = ((number, apart + len(texts[number].ids), 0) for number in in_order)
+    return _filled(items, _Load(prefix_length - apart, shared), limits)
+
+
+def _filled(items: Iterable[tuple[int, int, int]], empty: _Load, limits: BatchLimits) -> list[list[int]]:
+    """Batches of the items in their order.
+
+    Args:
+        items: number, tokens, and how many of these the item before has computed, where it is in the same batch.
+    """
     batches, batch, load = [], [], empty
-    for number in sorted(range(len(texts)), key=lambda number: -len(texts[number].ids)):
-        length = apart + len(texts[number].ids)
-        more = load.with_pair(length, length)
+    for number, length, common in items:
+        more = load.with_pair(length, length - common if batch else length)
         if batch and not more.fits(limits):
             batches.append(batch)
             batch, more = [], empty.with_pair(length, length)
