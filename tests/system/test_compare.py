@@ -14,7 +14,7 @@ import yaml
 from test_run import FLIPKD, call, tiny_config
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
-STEPS = 100
+STEPS = 500  # about ten seconds of a quiet core: a kill comes in time
 TABLE = ("--rows", "overlap,teacher,lora_sup,flip", "--seeds", "2", "--jobs", "1")
 
 
@@ -22,7 +22,7 @@ TABLE = ("--rows", "overlap,teacher,lora_sup,flip", "--seeds", "2", "--jobs", "1
 def config(tmp_path_factory):
     file = tiny_config(tmp_path_factory.mktemp("compare"))
     values = yaml.safe_load(file.read_text())
-    values["train"] |= {"max_steps": STEPS, "save_steps": 5, "eval_steps": 50, "logging_steps": 1}
+    values["train"] |= {"max_steps": STEPS, "save_steps": 10, "eval_steps": 250, "logging_steps": 1}
     values["distributed"] = {"num_workers": 1, "deepspeed": None}
     file.write_text(yaml.safe_dump(values))
     return file
