@@ -153,7 +153,8 @@ class RunFolder:
     def open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "config.yaml", self.config.to_yaml())
-        self.notes.mkdir(exist_ok=True)
+        if self.notes != self.teacher:  # else the store makes it
+            self.notes.mkdir(exist_ok=True)
 
     def done(self, stage: str, inputs: str) -> bool:
         return (read_json(self.path / "stages.json") or {}).get(stage) == inputs
