@@ -255,8 +255,12 @@ def test_the_prompt_is_read_in_training(inputs, tmp_path):
 def test_scores_of_the_taught_teacher_separate(taught):
     teaching = teach_module.check_inputs(taught)
     encoder, pairs = text_teacher(taught).load(), teaching.splits["test"]
-    similarity = teacher_scores(pairs, encoder.encode(pairs.texts, 16))
-    assert similarity[pairs.label == 1].mean() > similarity[pairs.label == 0].mean() + 0.3
+    before, after = (
+        teacher_scores(pairs, model.encode(pairs.texts, 16))
+        for model in (text_teacher(taught, taught=False).load(), encoder)
+    )
+    gaps = [one[pairs.label == 1].mean() - one[pairs.label == 0].mean() for one in (before, after)]
+    assert gaps[1] > gaps[0] + 0.1, gaps  # how far depends on the tiny tokenizer, which is another in each process
     after, validation = read_json(taught_path(taught) / "flipkd.json")["after"], teaching.splits["validation"]
     threshold = best_threshold(teacher_scores(validation, encoder.encode(validation.texts, 16)), validation.label)
     assert after["test"]["teacher"]["threshold"] == pytest.approx(threshold, abs=1e-6)  # never found on test
