@@ -14,7 +14,7 @@ import yaml
 from test_run import FLIPKD, call, tiny_config
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
-STEPS = 500  # about ten seconds of a quiet core: a kill comes in time
+STEPS = 300  # about six seconds of a quiet core: a kill comes in time
 TABLE = ("--rows", "overlap,teacher,lora_sup,flip", "--seeds", "2", "--jobs", "1")
 
 
@@ -22,7 +22,7 @@ TABLE = ("--rows", "overlap,teacher,lora_sup,flip", "--seeds", "2", "--jobs", "1
 def config(tmp_path_factory):
     file = tiny_config(tmp_path_factory.mktemp("compare"))
     values = yaml.safe_load(file.read_text())
-    values["train"] |= {"max_steps": STEPS, "save_steps": 10, "eval_steps": 250, "logging_steps": 1}
+    values["train"] |= {"max_steps": STEPS, "save_steps": 10, "eval_steps": 150, "logging_steps": 1}
     values["distributed"] = {"num_workers": 1, "deepspeed": None}
     file.write_text(yaml.safe_dump(values))
     return file
@@ -109,6 +109,7 @@ def test_a_finished_table_needs_no_cluster_and_another_row_only_its_own_runs(con
     assert failing.returncode == 2 and "row flip: distributed.timeout_s" in failing.stderr
 
 
+@pytest.mark.soak
 def test_workers_of_their_own_process_group_make_rows_too(config):
     """Two workers under ZeRO-3: what they say is in the run's log."""
     two = ("name=two", "distributed.num_workers=2", "distributed.deepspeed=ds_configs/zero3.json")
