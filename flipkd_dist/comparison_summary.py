@@ -10,6 +10,7 @@ import numpy as np
 from flipkd_dist.comparison import (
     DECIDING_SEEDS,
     READINGS,
+    TELLING_SEEDS,
     WITHOUT_P_MATCH,
     Comparison,
     MetricResult,
@@ -167,6 +168,11 @@ def _notes(comparison: Comparison, results: Results, failures: dict[str, str]) -
         notes.append(
             f"with fewer than {DECIDING_SEEDS} seeds the verdict rests on the test pairs alone: whether another seed "
             "would say the same is not known"
+        )
+    elif seeds and min(seeds) < TELLING_SEEDS:
+        notes.append(
+            f"with {min(seeds)} seeds the t-test can hardly reach {results.alpha:g}: large differences may stand as "
+            f"no difference; take {TELLING_SEEDS}"
         )
     if note := uneven_checkpoints(comparison):
         notes.append(note)

@@ -193,6 +193,13 @@ def test_every_comparison_has_a_report(name, found):
     assert ("fewer than 3 seeds" in text) == (name not in ("teacher alone", "nothing"))
 
 
+@pytest.mark.parametrize("count, told", [(3, True), (4, True), (5, False)])
+def test_few_seeds_are_said_to_show_little(count, told):
+    found = comparison(seeds=range(42, 42 + count), names=(REFERENCE, "flip"), sweep=())
+    notes = summarise(found, results(found)).notes
+    assert any(f"with {count} seeds the t-test can hardly reach" in note for note in notes) == told
+
+
 def test_the_files_are_written_whole_by_rename(tmp_path, monkeypatch):
     found = comparison(seeds=[1], checkpoints=1, sweep=(), names=(REFERENCE, "flip"))
     (tmp_path / "report.html").write_text("old")
