@@ -23,7 +23,7 @@ done
 flipkd teach "$config" "name=$name-taught" "$@"
 
 flipkd compare "$config" --seeds 5 --sweep loss.margin=0,0.02,0.04,0.08,0.10 \
-  --teachers "runs/$name-taught/taught" --checkpoints 5 "$@"
+  --teachers "runs/$name-taught/taught" --checkpoints 3 "$@"  # of five
 
 # Texts alone, read as the first text of a pair; the teacher beside them.
 alone=(student.mode=alone "student.prompt='same question? {text} |'" 'student.answers=["Yes", "No"]')
