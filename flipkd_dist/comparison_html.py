@@ -7,6 +7,7 @@ from flipkd_dist.comparison_numbers import BINS
 from flipkd_dist.comparison_plots import plots
 from flipkd_dist.comparison_summary import SPLIT_TITLES, Summary
 from flipkd_dist.comparison_words import METRIC_NAMES, difference_text, duration, is_number, mean_text, p_text, size
+from flipkd_dist.losses import SYMBOLS
 from flipkd_dist.page import render
 
 TEMPLATE = "comparison_report.html.jinja"
@@ -17,7 +18,13 @@ def html(summary: Summary) -> str:
     filters = {"mean": mean_text, "difference": difference_text, "p": p_text, "duration": duration, "bytes": size}
     filters |= {"figure": _figure, "share": _share}
     drawn = defaultdict(str, plots(summary.drawn))
-    values = {"splits": SPLIT_TITLES, "readings": READING_NAMES, "metrics": METRIC_NAMES, "bins": BINS}
+    values = {
+        "splits": SPLIT_TITLES,
+        "readings": READING_NAMES,
+        "metrics": METRIC_NAMES,
+        "bins": BINS,
+        "symbols": SYMBOLS,
+    }
     return render(TEMPLATE, filters, it=summary, plots=drawn, **values)
 
 

@@ -7,6 +7,7 @@ from flipkd_dist.comparison_finds import JudgedPair, results_of
 from flipkd_dist.comparison_summary import SPLIT_TITLES, Summary
 from flipkd_dist.comparison_summary import Table as ResultTable
 from flipkd_dist.comparison_words import METRIC_NAMES, difference_text, duration, mean_text, p_text, size
+from flipkd_dist.losses import SYMBOLS
 from flipkd_dist.page import SHOWN, shown
 
 
@@ -66,7 +67,8 @@ def _losses(summary: Summary) -> list[str]:
     for row in summary.rows:
         settings = ", ".join(f"{key}={value}" for key, value in row.overrides.items())
         lines.append([escaped(text) for text in (row.title, row.formula, row.source, settings)])
-    return ["## What each row trains on", "", *_table(["row", "loss", "source", "settings"], lines)] if lines else []
+    head = ["## What each row trains on", "", f"{escaped(SYMBOLS)}.", ""]
+    return [*head, *_table(["row", "loss", "source", "settings"], lines)] if lines else []
 
 
 def _sweeps(summary: Summary) -> list[list[str]]:

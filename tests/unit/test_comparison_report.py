@@ -17,6 +17,7 @@ from flipkd_dist.comparison_markdown import escaped, markdown
 from flipkd_dist.comparison_plots import VARIABLES
 from flipkd_dist.comparison_summary import summarise
 from flipkd_dist.config import RunConfig
+from flipkd_dist.losses import SYMBOLS
 from flipkd_dist.page import SHOWN
 from flipkd_dist.plot_svg import COLOURS
 from flipkd_dist.run_folder import write_json
@@ -191,6 +192,11 @@ def test_every_comparison_has_a_report(name, found):
     assert ("has no run" in text) == (name in ("failed rows", "all failed", "no pairs"))
     assert ("No row has a result" in text) == (name in ("all failed", "no pairs", "nothing"))
     assert ("fewer than 3 seeds" in text) == (name not in ("teacher alone", "nothing"))
+
+
+def test_the_symbols_of_the_formulas_are_explained():
+    summary = summarise(found := comparison(seeds=[42], names=(REFERENCE, "flip"), sweep=()), results(found))
+    assert SYMBOLS in texts_of(html(summary)) and SYMBOLS in markdown(summary)
 
 
 @pytest.mark.parametrize("count, told", [(3, True), (4, True), (5, False)])
