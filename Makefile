@@ -22,9 +22,11 @@ compare: install  ## the table on the sample set: L_sup alone, flip and its abla
 	  --rows lora_sup,flip,no_mcl,no_dist,no_filter --seeds 3 --jobs 2
 
 test: install lint
+	tests/system/install.sh
 	$(BIN)/python -m pytest -m "not soak"
 
 soak: install
+	tests/system/install.sh
 	$(BIN)/python -m pytest -m soak
 
 lint: install

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import MarkedYAMLError, YAMLError
 
 from flipkd_dist.errors import UserError
@@ -18,6 +18,17 @@ Paths = str | list[str] | None
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _ordered(value: int | list[int]) -> int | list[int]:
+    if isinstance(value, list) and value[0] > value[1]:
+        raise ValueError(f"[min, max] with min above max: write [{value[1]}, {value[0]}]")
+    return value
+
+
+Workers = Annotated[  # a number of them, or [min, max]
+    Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)], AfterValidator(_ordered)
+]
 
 
 class Section(BaseModel):
@@ -58,7 +69,7 @@ class TeacherConfig(Section):
     prompt: str | None = None  # stands before every text; null: the folder's own default prompt, if it has one
     max_length: Positive = 128  # tokens
     batch_size: Positive = 64  # texts
-    num_workers: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = 2  # actors, or [min, max]
+    num_workers: Workers = 2  # actors
     num_cpus_per_worker: Positive = 1
     num_gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # 0.25: four models on a GPU
     api_base: str | None = None  # an OpenAI-compatible endpoint that embeds, such as http://127.0.0.1:8000/v1
@@ -70,13 +81,6 @@ class TeacherConfig(Section):
     scale: Literal["auto", "cosine", "probability", "logit"] = "auto"  # of cross_encoder and scores
     calibrate: bool = False  # map similarities to the probability of a match, fitted on the training pairs
     store_path: str | None = None  # a store that several runs share; null: teacher/ in the run folder
-
-    @field_validator("num_workers")
-    @classmethod
-    def _min_is_not_above_max(cls, value: int | list[int]) -> int | list[int]:
-        if isinstance(value, list) and value[0] > value[1]:
-            raise ValueError(f"[min, max] with min above max: write [{value[1]}, {value[0]}]")
-        return value
 
 
 class TeachConfig(Section):
@@ -207,12 +211,22 @@ class TrainConfig(Section):
 
 
 class DistributedConfig(Section):
-    num_workers: Positive = 1
+    num_workers: Workers = 1
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, NonNegative] = {}
     deepspeed: str | None = "ds_configs/zero3.json"  # null: no DeepSpeed, one worker
     storage_path: str | None = None
-    timeout_s: Positive = 600  # of every collective
+    timeout_s: Positive = 600  # of the rendezvous and of every collective
+    max_failures: Annotated[int, Field(ge=0)] = 3  # how often Ray starts lost workers again, from the newest checkpoint
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """What the contrast batch is sized for."""
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
 
 class TrackingConfig(Section):

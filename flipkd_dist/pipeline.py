@@ -262,10 +262,11 @@ def train_here(config: RunConfig) -> None:
     Raises:
         UserError: the teacher's store lacks texts.
     """
-    started, configured = int(os.environ.get("WORLD_SIZE", 1)), config.distributed.num_workers
-    if started != configured:
+    started, distributed = int(os.environ.get("WORLD_SIZE", 1)), config.distributed
+    if not distributed.min_workers <= started <= distributed.max_workers:
         raise UserError(
-            f"distributed.num_workers: it says {configured}, the launcher started {started} processes: make them equal"
+            f"distributed.num_workers: it says {distributed.num_workers}, the launcher started {started} processes: "
+            "make them agree"
         )
     if started > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("MASTER_ADDR: not set by the launcher: export MASTER_ADDR and MASTER_PORT of the first host")

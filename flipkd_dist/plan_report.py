@@ -93,7 +93,7 @@ def make_plan(
     chosen = chosen_device(config, device, memory_gib, tflops, network_gb_s)
     work = workload(config, chosen, tokens_per_pair)
     settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
-    workers = num_workers or config.distributed.num_workers
+    workers = num_workers or config.distributed.max_workers
     directions = contrast_directions(config)
     rows = tuple(
         _row(shape, layout, work, settings[layout.stage], chosen, steps, directions) for layout in layouts(workers)

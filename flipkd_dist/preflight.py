@@ -150,7 +150,7 @@ def check_inputs(config: RunConfig, splits: tuple[str, ...] = SPLITS, load: bool
         UserError: one line for the first mistake.
     """
     if config.distributed.deepspeed is None:
-        if config.distributed.num_workers > 1:
+        if config.distributed.max_workers > 1:
             raise UserError(
                 "distributed.deepspeed is null, which trains on one worker: name a file or set num_workers to 1"
             )

@@ -49,10 +49,10 @@ def check_room(config: RunConfig) -> None:
     need = worker_resources(config)
     have = ray.cluster_resources()
     for resource, amount in need.items():
-        wanted, there = amount * config.distributed.num_workers, have.get(resource, 0.0)
+        wanted, there = amount * config.distributed.min_workers, have.get(resource, 0.0)
         if wanted > there and not autoscales():
             raise UserError(
-                f"distributed.num_workers: {config.distributed.num_workers} workers need {wanted:g} {resource}, "
+                f"distributed.num_workers: {config.distributed.min_workers} workers need {wanted:g} {resource}, "
                 f"the Ray cluster has {there:g}: lower num_workers or add nodes"
             )
 
@@ -127,21 +127,25 @@ def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None)
 
 def _fit(config: RunConfig, work: dict[str, Any]) -> None:
     """Let Ray Train start the workers; `config` says whether they have GPUs."""
+    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
-    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     distributed, gpu = config.distributed, config.distributed.use_gpu
+    fixed = distributed.min_workers == distributed.max_workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config=work,
         scaling_config=ScalingConfig(
-            num_workers=distributed.num_workers, use_gpu=gpu, resources_per_worker=worker_resources(config)
+            num_workers=distributed.max_workers if fixed else (distributed.min_workers, distributed.max_workers),
+            use_gpu=gpu,
+            resources_per_worker=worker_resources(config),
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=distributed.timeout_s),
         run_config=TrainRunConfig(
             name="-".join([config.name, *work["stages"]]),
             storage_path=distributed.storage_path or str((config.run_dir / "ray").resolve()),
+            failure_config=FailureConfig(max_failures=distributed.max_failures),
         ),
     )
     try:
@@ -167,7 +171,7 @@ def _is_the_worker(config: RunConfig) -> bool:
 
 def trains_in_task(config: RunConfig) -> bool:
     """One worker without DeepSpeed is a process like any other."""
-    return config.distributed.num_workers == 1 and config.distributed.deepspeed is None
+    return config.distributed.max_workers == 1 and config.distributed.deepspeed is None
 
 
 def places(config: RunConfig) -> int:
@@ -175,7 +179,7 @@ def places(config: RunConfig) -> int:
     import ray
 
     have = ray.cluster_resources()
-    each = {key: amount * config.distributed.num_workers for key, amount in worker_resources(config).items() if amount}
+    each = {key: amount * config.distributed.min_workers for key, amount in worker_resources(config).items() if amount}
     return max(1, min((int(have.get(key, 0) // amount) for key, amount in each.items()), default=1))
 
 

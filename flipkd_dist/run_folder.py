@@ -73,7 +73,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
                 found[f"{section}.{key}".rstrip(".")] = setting
     found["data.max_length"] = config.data.max_length
     # The contrast batch is what counts, however it is divided.
-    found[CONTRAST_BATCH] = config.train.per_device_train_batch_size * config.distributed.num_workers
+    found[CONTRAST_BATCH] = config.train.per_device_train_batch_size * config.distributed.max_workers
     return found
 
 

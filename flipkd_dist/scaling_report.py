@@ -69,7 +69,7 @@ def make_scaling(
             "--num-workers: --scaling weak takes 1 to 1,024 workers by itself: leave it out, or take --scaling strong"
         )
     shape, chosen = student_shape(config), chosen_device(config, device, memory_gib, tflops, network_gb_s)
-    workers = num_workers or config.distributed.num_workers
+    workers = num_workers or config.distributed.max_workers
     layout, work = configured_layout(config, workers), workload(config, chosen, tokens_per_pair)
     contrast_batch, zero = work.pairs * workers, zero_settings(config)[layout.stage]
     steps, directions = config.train.gradient_accumulation_steps, contrast_directions(config)

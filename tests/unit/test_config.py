@@ -115,6 +115,7 @@ DEFAULTS = {
         "deepspeed": "ds_configs/zero3.json",
         "storage_path": None,
         "timeout_s": 600,
+        "max_failures": 3,
     },
     "tracking": {
         "mlflow_tracking_uri": None,
@@ -241,6 +242,8 @@ def test_least_and_most_workers_stand_in_this_order(named):
         said == "c.yaml: teacher.num_workers = [8, 2]: [min, max] with min above max: write [2, 8]; correct this value"
     )
     assert load_config(named, ["teacher.num_workers=[2, 2]"]).teacher.num_workers == [2, 2]
+    distributed = load_config(named, ["distributed.num_workers=[2, 4]"]).distributed
+    assert (distributed.min_workers, distributed.max_workers) == (2, 4)
 
 
 def test_bare_yes_and_no_are_told_to_be_quoted(tmp_path):
