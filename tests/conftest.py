@@ -21,6 +21,16 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Under `-n 2 --dist loadgroup`, one process runs what starts clusters, one after the other and from the first
+    minute on; the other one runs the rest, module by module."""
+    system = Path(__file__).parent / "system"
+    items.sort(key=lambda item: system not in item.path.parents)  # stable: within each half the order stays
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("system" if system in item.path.parents else item.path.stem))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 256 KiB."""

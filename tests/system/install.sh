@@ -7,7 +7,9 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 elif ! dpkg --status "${PACKAGES[@]}" >/dev/null 2>&1; then
   apt-get update -qq
   # No service of the machine is started: the tests start their own, on ports and in folders of their own.
-  printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
-  trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  if [ ! -e /usr/sbin/policy-rc.d ]; then
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${PACKAGES[@]}" >/dev/null
 fi
