@@ -159,6 +159,7 @@ def test_actors_and_workers_of_the_run_have_room_on_their_own_nodes_and_on_no_ot
         for group, (nodes, offered) in groups()[place].items():
             a_node = min(offered.get(key, 0) // amount for key, amount in need.items())
             assert nodes * a_node >= wanted[name] if group == name else a_node == 0, (name, group)
+        assert need.keys() - {"CPU", "GPU"} == groups()[place][name][1].keys() - {"CPU", "GPU"}  # the name it goes by
     assert (teacher.num_gpus_per_worker, distributed.use_gpu) == (0, True)
 
 
