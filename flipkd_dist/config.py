@@ -72,6 +72,7 @@ class TeacherConfig(Section):
     num_workers: Workers = 2  # actors
     num_cpus_per_worker: Positive = 1
     num_gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"  # 0.25: four models on a GPU
+    resources_per_worker: dict[str, NonNegative] = {}  # Ray resources that put actors on nodes of their own
     api_base: str | None = None  # an OpenAI-compatible endpoint that embeds, such as http://127.0.0.1:8000/v1
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the endpoint's key
     requests_per_minute: Positive | None = None  # to the endpoint, of all workers together
@@ -81,6 +82,14 @@ class TeacherConfig(Section):
     scale: Literal["auto", "cosine", "probability", "logit"] = "auto"  # of cross_encoder and scores
     calibrate: bool = False  # map similarities to the probability of a match, fitted on the training pairs
     store_path: str | None = None  # a store that several runs share; null: teacher/ in the run folder
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _own_names(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in ("CPU", "GPU"):
+            if name in resources:
+                raise ValueError(f"{name} has a setting of its own: teacher.num_{name.lower()}s_per_worker")
+        return resources
 
 
 class TeachConfig(Section):

@@ -9,7 +9,7 @@ from typing import Any
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.console import log_file
 from flipkd_dist.errors import StoppedOnRequest, UserError
-from flipkd_dist.ray_pool import autoscales
+from flipkd_dist.ray_pool import autoscales, task_options
 from flipkd_dist.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("flipkd_dist")
@@ -71,17 +71,6 @@ def worker_resources(config: RunConfig) -> dict[str, float]:
     if resources.get("GPU", 0) > 1:
         raise UserError("distributed.resources_per_worker: a worker drives one GPU: set GPU to 1 and raise num_workers")
     return resources
-
-
-def task_options(resources: dict[str, float]) -> dict[str, Any]:
-    """What `ray.remote` calls these resources."""
-    own = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory")}
-    return {
-        "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
-        "memory": resources.get("memory") or None,  # bytes
-        "resources": own,
-    }
 
 
 def _worker(work: dict[str, Any]) -> None:

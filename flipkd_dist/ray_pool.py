@@ -57,7 +57,19 @@ def actor_resources(settings: TeacherConfig) -> dict[str, float]:
     gpus = settings.num_gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if settings.api_base is None and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-    return {"CPU": float(settings.num_cpus_per_worker), **({"GPU": float(gpus)} if gpus else {})}
+    own = {name: amount for name, amount in settings.resources_per_worker.items() if amount}
+    return {"CPU": float(settings.num_cpus_per_worker), **({"GPU": float(gpus)} if gpus else {}), **own}
+
+
+def task_options(resources: dict[str, float]) -> dict[str, Any]:
+    """What `ray.remote` calls these resources."""
+    own = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory")}
+    return {
+        "num_cpus": resources.get("CPU", 0),
+        "num_gpus": resources.get("GPU", 0),
+        "memory": resources.get("memory") or None,  # bytes
+        "resources": own,
+    }
 
 
 def autoscales() -> bool:
@@ -177,9 +189,8 @@ class Pool:
     def _start(self) -> None:
         import ray
 
-        options = dict(num_cpus=self.need["CPU"], num_gpus=self.need.get("GPU", 0))
         # The pool replaces actors itself: Ray would blame a death on every shard that the actor had been given.
-        handle = ray.remote(Scorer).options(max_restarts=0, max_task_retries=0, **options).remote()
+        handle = ray.remote(Scorer).options(max_restarts=0, max_task_retries=0, **task_options(self.need)).remote()
         device = "cuda" if "GPU" in self.need else "cpu"
         placed = handle.__ray_ready__.remote()
         self.members.append(Member(handle, placed, handle.load.remote(self.source, self.store, device)))
@@ -285,8 +296,8 @@ class Pool:
         free = ", ".join(f"{ray.available_resources().get(name, 0):g} {name}" for name in self.need)
         return UserError(
             f"teacher.num_workers: no scoring actor started within distributed.timeout_s = {self.timeout_s:g} s: "
-            f"one needs {need}, the Ray cluster has {free} free: lower teacher.num_cpus_per_worker and "
-            "teacher.num_gpus_per_worker, or add nodes"
+            f"one needs {need}, the Ray cluster has {free} free: lower teacher.num_cpus_per_worker, "
+            "num_gpus_per_worker or resources_per_worker, or add nodes"
         )
 
 

@@ -20,6 +20,7 @@ NOT_DECISIVE = {
         "num_workers",
         "num_cpus_per_worker",
         "num_gpus_per_worker",
+        "resources_per_worker",
         "api_base",  # a server may move; its model is known by the vector of a probe
         "api_key_env",
         "requests_per_minute",

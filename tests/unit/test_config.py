@@ -34,6 +34,7 @@ DEFAULTS = {
         "num_workers": 2,
         "num_cpus_per_worker": 1,
         "num_gpus_per_worker": "auto",
+        "resources_per_worker": {},
         "api_base": None,
         "api_key_env": "OPENAI_API_KEY",
         "requests_per_minute": None,
@@ -221,6 +222,7 @@ def test_numbers_are_finite(named, key, value):
         "distributed.resources_per_worker={CPU: .inf}", "data.format=xml", "teacher.pooling=median", "train.bf16=maybe",
         "name=../x", "name=''", "student.answers=[a, b, c]", "student.answers=[a, '']", "train.verify=true",
         "student.bnb_4bit_quant_storage=float16", "teacher.num_workers=[8, 2]", "teacher.num_workers=[0, 2]",
+        "teacher.resources_per_worker={a: -1}",
     ],
 )  # fmt: skip
 def test_values_out_of_range(named, override):
@@ -244,6 +246,15 @@ def test_least_and_most_workers_stand_in_this_order(named):
     assert load_config(named, ["teacher.num_workers=[2, 2]"]).teacher.num_workers == [2, 2]
     distributed = load_config(named, ["distributed.num_workers=[2, 4]"]).distributed
     assert (distributed.min_workers, distributed.max_workers) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU"])
+def test_a_teacher_s_cpus_and_gpus_have_one_setting_each(named, name):
+    said = mistake(named, f"teacher.resources_per_worker={{{name}: 1}}")
+    setting = f"teacher.num_{name.lower()}s_per_worker"
+    assert (
+        said == f"c.yaml: teacher.resources_per_worker: {name} has a setting of its own: {setting}; correct this value"
+    )
 
 
 def test_bare_yes_and_no_are_told_to_be_quoted(tmp_path):

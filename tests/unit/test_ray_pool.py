@@ -68,6 +68,7 @@ class FakeRay:
     hangs: object = lambda method, arguments: False
     actors: list = field(default_factory=list)
     killed: int = 0
+    asked: dict = field(default_factory=dict)  # options of the actor started last
 
     def module(self) -> dict[str, ModuleType]:
         ray = ModuleType("ray")
@@ -78,7 +79,11 @@ class FakeRay:
         return {"ray": ray, "ray.exceptions": ray.exceptions}
 
     def remote(self, kind):
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: self.start(kind())))
+        def options(**asked):
+            self.asked = asked
+            return SimpleNamespace(remote=lambda: self.start(kind()))
+
+        return SimpleNamespace(options=options)
 
     def start(self, actor):
         placed = len(self.actors) < self.room
@@ -271,9 +276,28 @@ def test_the_tokenizer_has_the_threads_of_the_actor(monkeypatch, tmp_path, threa
         ({"api_base": "http://127.0.0.1:8000/v1"}, 2, 0.0),  # the server has the GPU
         ({"num_gpus_per_worker": 0.25}, 2, 0.25),
         ({"num_gpus_per_worker": 0.0}, 2, 0.0),
+        ({"resources_per_worker": {"spot": 0.0}}, 0, 0.0),  # none of it: no node has to offer it
     ],
 )
 def test_what_an_actor_takes(monkeypatch, settings, in_cluster, gpus):
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": in_cluster}))
     found = ray_pool.actor_resources(TeacherConfig(num_cpus_per_worker=3, **settings))
     assert found == {"CPU": 3.0, **({"GPU": gpus} if gpus else {})}
+
+
+def test_actors_ask_for_the_resources_of_their_own_nodes(made, monkeypatch):
+    pool, ray = made(settings={"num_cpus_per_worker": 2, "resources_per_worker": {"teacher": 0.5, "memory": 4e9}})
+    free = {"CPU": 64.0, "memory": 64e9, "teacher": 1.0}
+    monkeypatch.setattr(sys.modules["ray"], "available_resources", lambda: free)
+    assert sum(pool.run()) == 12
+    asked = {key: ray.asked[key] for key in ("num_cpus", "num_gpus", "memory", "resources")}
+    assert asked == {"num_cpus": 2.0, "num_gpus": 0, "memory": 4e9, "resources": {"teacher": 0.5}}
+    assert pool._room() == 2  # by the scarcest of them, not by the CPUs
+
+
+def test_where_no_node_offers_them_the_line_says_what_is_missing(made, clock):
+    pool, _ = made(room=0, timeout_s=10.0, settings={"resources_per_worker": {"teacher": 1.0}})
+    with pytest.raises(
+        UserError, match=r"needs 1 CPU, 1 teacher, .* has 0 CPU, 0 teacher free: lower .*resources_per_"
+    ):
+        list(pool.run())

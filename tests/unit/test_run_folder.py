@@ -209,6 +209,7 @@ def test_every_setting_either_decides_or_is_known_not_to():
         "teacher.num_workers",
         "teacher.num_cpus_per_worker",
         "teacher.num_gpus_per_worker",
+        "teacher.resources_per_worker",
         "teacher.api_base",
         "teacher.api_key_env",
         "teacher.requests_per_minute",
