@@ -16,6 +16,7 @@ from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
+from flipkd_dist.rendezvous import master
 from flipkd_dist.run_folder import RunFolder, digest, read_json
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import score_streams, score_tables
@@ -268,8 +269,8 @@ def train_here(config: RunConfig) -> None:
             f"distributed.num_workers: it says {distributed.num_workers}, the launcher started {started} processes: "
             "make them agree"
         )
-    if started > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("MASTER_ADDR: not set by the launcher: export MASTER_ADDR and MASTER_PORT of the first host")
+    if started > 1:
+        master()
     pipeline = Pipeline(config, on_ray=False)
     if not is_scored(pipeline.inputs):
         raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")

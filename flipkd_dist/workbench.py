@@ -55,7 +55,7 @@ def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     name_unread(config)
     ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
-        prepare_deepspeed(use_gpu)
+        prepare_deepspeed(use_gpu, config.distributed.timeout_s)
         ds_config = compose(read_policy(config.distributed.deepspeed), config, world.size, bf16)
         placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:
