@@ -275,7 +275,7 @@ def join_world(use_gpu: bool, timeout_s: int) -> World:
     return World.current(device)
 
 
-def prepare_deepspeed(use_gpu: bool, timeout_s: float) -> None:
+def prepare_deepspeed(use_gpu: bool, timeout_s: float = 600) -> None:
     """Let DeepSpeed adopt the process group; on CPU without its shared-memory op, which needs a C++ compiler.
 
     The groups that it makes itself get `timeout_s` too: torch would grant them half an hour.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.run_folder import read_json, write_json, write_whole
 
+HOSTS = "hosts.json"  # the host of each rank of the attempt that runs
 LONGEST = 500  # characters of an error in a line
 # Of gloo, NCCL and the store. Both raise plain RuntimeErrors, of which only the text tells.
 PEER_GONE = re.compile(
@@ -67,7 +68,7 @@ def note(folder: Path, rank: int, error: BaseException) -> Failure:
     """Write `folder/failures/rank-00001.json`, and the traceback beside it; nothing is raised where that fails.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; one that is not there is not made.
     """
     user = isinstance(error, UserError)
     failure = Failure(
@@ -75,15 +76,23 @@ def note(folder: Path, rank: int, error: BaseException) -> Failure:
     )
     file = _notes(folder) / f"rank-{rank:05d}.json"
     with suppress(OSError):  # a full disk must not hide the error
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         write_json(file, asdict(failure))
         write_whole(file.with_suffix(".txt"), "".join(traceback.format_exception(error)))
     return failure
 
 
 @contextmanager
-def noting(folder: Path, rank: int) -> Iterator[None]:
-    """Note the error that ends a process's work; a polite end is none."""
+def noting(folder: Path, rank: int, size: int | None = None) -> Iterator[None]:
+    """Note the error that ends a process's work; a polite end is none. Its note of an earlier attempt goes first.
+
+    Args:
+        size: the number of processes, if known: rank 0 removes the notes of ranks that are no more.
+    """
+    for file in _notes(folder).glob("rank-*"):
+        noted = int(file.stem.removeprefix("rank-"))
+        if noted == rank or (rank == 0 and size is not None and noted >= size):
+            file.unlink(missing_ok=True)
     try:
         yield
     except StoppedOnRequest:
@@ -91,6 +100,20 @@ def noting(folder: Path, rank: int) -> Iterator[None]:
     except Exception as error:
         note(folder, rank, error)
         raise
+
+
+def introduce(folder: Path, hosts: list[str]) -> None:
+    """Write the host of every rank, so that one which is lost without a word can be named with it; rank 0 calls it."""
+    with suppress(OSError):
+        _notes(folder).mkdir(exist_ok=True)
+        write_json(_notes(folder) / HOSTS, hosts)
+
+
+def with_hosts(folder: Path, ranks: list[int]) -> str:
+    """`rank 1 on node7, rank 3 on node8`, and of many the first ones."""
+    hosts = read_json(_notes(folder) / HOSTS) or []
+    named = [f"rank {rank} on {hosts[rank]}" if rank < len(hosts) else f"rank {rank}" for rank in ranks[:8]]
+    return ", ".join(named) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def failures(folder: Path) -> list[Failure]:
@@ -110,7 +133,7 @@ def first_cause(folder: Path) -> Failure | None:
 
 def forget(folder: Path) -> None:
     """Remove the notes of an earlier attempt; one process calls it, before the others begin."""
-    for file in _notes(folder).glob("rank-*"):
+    for file in (*_notes(folder).glob("rank-*"), _notes(folder) / HOSTS):
         file.unlink(missing_ok=True)
     with suppress(OSError):  # somebody else's file is in it, or it is not there
         os.rmdir(_notes(folder))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from flipkd_dist.ahead import ahead
 from flipkd_dist.checkpoint import best_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
+from flipkd_dist.failures import introduce
 from flipkd_dist.meter import OPERATIONS, Meter, linear_weights
 from flipkd_dist.metric_log import MetricLog
 from flipkd_dist.order import training_order
@@ -40,6 +42,9 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     """
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
+    hosts = world.gather_object(socket.gethostname())
+    if world.is_main:
+        introduce(inputs.folder.path, hosts)
     signals = open_signals(inputs, "train")
     step = TrainingStep(engine, world, signals, bench.make_batch, config.loss, config.train.mini_batch_size)
     clock = step.clock = PhaseClock.of(world.device)
