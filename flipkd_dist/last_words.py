@@ -7,7 +7,8 @@ import socket
 import time
 from pathlib import Path
 
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest
+from flipkd_dist.durable import storage_line, storage_reason
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.failures import Failure, failures, first_cause, note, with_hosts
 
 PATIENCE_S = 3.0  # a cause may be noted a little after its consequences
@@ -31,6 +32,8 @@ def last_words(folder: Path, rank: int, size: int, error: BaseException) -> tupl
         if cause is None or cause.rank == rank:
             return str(error) if first_here else None, 75
         return None, _code(cause)
+    if (reason := storage_reason(error)) is not None and not isinstance(error, UserError):
+        return storage_line(error, reason) + f" (rank {rank} on {socket.gethostname()})", 75
     own = next((one for one in failures(folder) if one.rank == rank), None) or note(folder, rank, error)
     if own.lost_peer:
         return _lost(folder, own, size)

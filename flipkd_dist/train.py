@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from flipkd_dist.adapter import AdapterCard, Probe, save_adapter, save_tuned
 from flipkd_dist.ahead import ahead
-from flipkd_dist.checkpoint import best_checkpoint
+from flipkd_dist.checkpoint import best_checkpoint, stored
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
 from flipkd_dist.failures import introduce
@@ -54,6 +54,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
+    progress.check_space(first)
     batch = bench.make_batch(progress.probes[: config.train.pairs_per_forward])
     check_first_forward(engine, world, batch, bench.load, config.train.verify, updated=first > 0)
     profiler = StepProfiler(inputs.folder.profile, world, config.train.profile, num_steps - first)
@@ -85,10 +86,12 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log.say_truncated()
 
     def finish() -> None:
+        log.flush()
         export_best(bench, progress.probes, progress.base_answers)
         log.tracker.artifact(inputs.folder.metric_log)
 
-    on_main(world, finish)
+    folder = inputs.folder
+    stored(world, folder.checkpoints, folder.adapter, "the adapter", lambda: on_main(world, finish))
     engine.close()
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from gang import run_gang
-from test_resume_parity import prepared, run_config  # noqa: F401, a fixture
 from test_rendezvous import free_port
+from test_resume_parity import prepared, run_config  # noqa: F401, a fixture
 from tqdm import tqdm
 
 from flipkd_dist.config import RunConfig, validate
