@@ -202,8 +202,8 @@ def stop_without(failed: StorageFailed, world: World, folder: Path, what: str, n
     step, remedy = told[0][1], "look at the storage"
     if failed.is_full:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        more = math.ceil((sum(size for size, _ in told) - free) / 2**20)
-        remedy = f"free {more:,} MB" if more > 0 else "make room"
+        more = math.ceil((1.05 * sum(size for size, _ in told) - free) / 2**20 + 1)  # file systems have needs too
+        remedy = f"free {more:,} MB" if nbytes and more > 0 else "make room"
     kept = "no checkpoint is complete yet" if step is None else f"step {step}'s checkpoint is complete"
     line = f"{failed}: {what} was not written, {kept}: {remedy} and run the same command again"
     return UserError(line) if step is None else StoppedOnRequest(line)

@@ -43,17 +43,14 @@ def end_of(config: RunConfig, sabotage=None) -> tuple[str, str]:
     return "finished", ""
 
 
-def sizes(config: RunConfig) -> tuple[int, int]:
-    """Bytes of a checkpoint and of the adapter of a finished run."""
-    found = checkpoints(config.run_dir / "checkpoints")[-1].path
-    return tuple(
-        sum(file.stat().st_size for file in folder.iterdir()) for folder in (found, config.run_dir / "adapter")
-    )
+def checkpoint_size(config: RunConfig) -> int:
+    """Bytes of a checkpoint of a finished run."""
+    return sum(file.stat().st_size for file in checkpoints(config.run_dir / "checkpoints")[-1].path.iterdir())
 
 
 def test_a_disk_that_fills_up_then_is_freed(prepared, undisturbed, run_disk):  # noqa: F811
     config = on_disk(prepared, run_disk, "full")
-    each, of_adapter = sizes(undisturbed)
+    each = checkpoint_size(undisturbed)
     leave_room(run_disk, 2.6 * each + 65536)  # for steps 2 and 4, not for step 6
     ends = run_gang(2, end_of, config)
     assert ends[0] == ends[1]  # one line for all
@@ -86,7 +83,7 @@ def _break_disk_of_rank_1() -> None:
     checkpoint.save_file = save_file
 
 
-def test_storage_that_fails_on_one_rank(prepared, undisturbed):  # noqa: F811
+def test_storage_that_fails_on_one_rank(prepared):  # noqa: F811
     config = run_config(prepared, "broken", 2)
     ends = run_gang(2, end_of, config, _break_disk_of_rank_1)
     assert ends[0] == ends[1]
@@ -97,8 +94,6 @@ def test_storage_that_fails_on_one_rank(prepared, undisturbed):  # noqa: F811
         "step 4's checkpoint was not written, step 2's checkpoint is complete: look at the storage and run the same "
         "command again"
     )
-    assert resume(config, 2) == 2
-    assert_equal(config, undisturbed)
 
 
 def _fill_before_the_adapter(disk: Path):

@@ -24,7 +24,7 @@ from flipkd_dist.workbench import build
 
 pytestmark = pytest.mark.parity
 SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "deepspeed_train.py"
-TIMEOUT_S = 6
+TIMEOUT_S = 15
 MARGIN_S = 60  # of a loaded machine
 
 
@@ -74,7 +74,8 @@ class Launched:
     def wait_for_step(self, step: int) -> None:
         file, until = self.folder / "metrics.jsonl", time.monotonic() + 120
         while not (file.exists() and f'"step": {step},' in file.read_text()):
-            assert time.monotonic() < until and all(member.is_alive() for member in self.members)
+            alive = time.monotonic() < until and all(member.is_alive() for member in self.members)
+            assert alive, [self.errors(rank).read_text() for rank in range(len(self.members))]
             time.sleep(0.01)
 
     def code(self, rank: int, within_s: float) -> int:

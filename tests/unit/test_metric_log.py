@@ -49,7 +49,7 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="flipkd_dist")
     return Run(tmp_path, monkeypatch)
 
