@@ -58,6 +58,7 @@ def _lost(folder: Path, own: Failure, size: int) -> tuple[str | None, int]:
 
     _wait(lambda: cause() is not None, PATIENCE_S)
     reason = re.sub(r"\[/\S+\] ?", "", own.error)[:150]  # without the place in gloo's source
+    reason = reason.split(". This is")[0]
     again = "run the same command again to go on from the newest checkpoint"
     if (found := cause()) is not None:
         line = f"lost rank {found.rank} on {found.host}, which failed: {found.error}"
@@ -69,7 +70,7 @@ def _lost(folder: Path, own: Failure, size: int) -> tuple[str | None, int]:
     else:
         line = f"lost its peers, and none of them knows why ({reason}): look at the network, then {again}"
     here = [one.rank for one in failures(folder) if one.host == own.host and one.lost_peer]
-    spoken = own.rank == min([own.rank, *here])
+    spoken = own.rank == min([own.rank, *here]) and (found is None or found.host != own.host)  # it speaks itself
     return f"rank {own.rank} on {own.host}: {line}" if spoken else None, 1 if found is None else _code(found)
 
 

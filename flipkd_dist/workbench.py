@@ -42,9 +42,14 @@ class Workbench:
         )
 
 
+def use_gpu_here(config: RunConfig) -> bool:
+    """What the configuration says, or whether this machine has one."""
+    return torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
+
+
 def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     """config -> data and teacher -> student -> engine; `adapter` is a folder of trained weights to start from."""
-    use_gpu = torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
+    use_gpu = use_gpu_here(config)
     world = join_world(use_gpu, config.distributed.timeout_s)
     if not world.is_main:
         logger.setLevel(logging.ERROR)

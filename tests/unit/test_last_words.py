@@ -1,5 +1,6 @@
 """What a failing process says: the cause, once on each host, with its exit code."""
 
+import errno
 import signal
 import socket
 from dataclasses import asdict
@@ -61,6 +62,8 @@ def test_the_lost_peer_that_failed_is_quoted(tmp_path):
     )  # fmt: skip
     noted(tmp_path, 3, "data.train: missing", "there", user=True)
     assert last_words(tmp_path, 0, 4, GONE)[1] == 2
+    noted(tmp_path, 3, "ValueError: bad", "here")
+    assert last_words(tmp_path, 0, 4, GONE) == (None, 1)  # on its own host it speaks for itself
 
 
 def test_those_that_left_no_word_are_named_with_their_hosts(tmp_path):
@@ -91,3 +94,11 @@ def test_a_polite_end_is_75_unless_another_process_had_failed(tmp_path, monkeypa
     assert last_words(tmp_path, 1, 2, polite("stopped")) == (None, 75)
     noted(tmp_path, 1)
     assert last_words(tmp_path, 0, 2, polite("stopped")) == (None, 1)
+
+
+def test_a_full_disk_goes_on_by_the_same_command(tmp_path):
+    error = OSError(errno.ENOSPC, "No space left on device", "/runs/x/stages.json")
+    assert last_words(tmp_path, 0, 2, error) == (
+        "no space left on device: /runs/x/stages.json: make room and run the same command again; what is complete "
+        "stays (rank 0 on here)", 75
+    )  # fmt: skip
