@@ -5,6 +5,7 @@ one's addresses, so that every host is tried from another one; rank 0 says who c
 """
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from flipkd_dist.errors import UserError
 from flipkd_dist.interfaces import VARIABLES, AddressError, interfaces, own_addresses, shown
 
+logger = logging.getLogger("flipkd_dist")
 RESOLVE_S = 10.0  # a name may appear a little after its machine
 CONNECT_S = 5.0  # to try one address; well below any timeout_s that is of use
 FAREWELL_S = 3.0  # how long rank 0 keeps the store open so that all can read the verdict
@@ -155,7 +157,8 @@ class Meeting:
             self._put("came", own)
             self._agree("came", self._came)
             self._put("reached", self._try_next(own["host"], VARIABLES[backend]))
-            self._agree("reached", self._reached)
+            sure = backend == "gloo" or bool(os.environ.get(VARIABLES[backend]))
+            self._agree("reached", lambda: self._reached(sure))
         finally:
             for listener in listeners:
                 listener.close()
@@ -173,11 +176,16 @@ class Meeting:
                 return f"rank {rank} on {value['host']}: {value['error']}"
         return None
 
-    def _reached(self) -> str | None:
+    def _reached(self, sure: bool) -> str | None:
+        """What rank 0 finds: a rank that another one did not reach; only a warning where the interface is our guess."""
         present, missing = self._wait_for("reached")
         if missing:
             return f"{ranks(missing)} went away during the rendezvous at {self.place}: look at what they say"
-        return next((value for value in present.values() if value), None)
+        found = next((value for value in present.values() if value), None)
+        if found and not sure:
+            logger.warning("warning: %s", found)
+            return None
+        return found
 
     def _try_next(self, here: str, variable: str) -> str | None:
         """The complaint about the next rank's first address that does not lead there, if one does not."""

@@ -89,6 +89,15 @@ def test_notes_of_an_earlier_attempt_are_forgotten(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_process_that_starts_takes_back_its_own_note_and_rank_0_those_of_ranks_that_are_no_more(tmp_path):
+    for rank in range(4):
+        note(tmp_path, rank, ValueError("old"))
+    with noting(tmp_path, 1, 3):
+        assert [failure.rank for failure in failures.failures(tmp_path)] == [0, 2, 3]
+    with noting(tmp_path, 0, 3):
+        assert [failure.rank for failure in failures.failures(tmp_path)] == [2]
+
+
 def test_a_note_that_cannot_be_written_or_read_hides_nothing(tmp_path):
     (tmp_path / "failures").write_text("a file")
     with pytest.raises(ValueError, match="own"), noting(tmp_path, 0):
