@@ -5,9 +5,11 @@ ranks, or another ZeRO stage, reads other ranges of the same tensors.
 """
 
 import logging
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.run_folder import CHECKPOINT_FORMAT, read_json, write_json
 from flipkd_dist.slices import KINDS, Slice
+from flipkd_dist.together import StorageFailed, together
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
@@ -116,37 +120,93 @@ def save_checkpoint(
         random: states of this rank's generators, by kind.
         manifest: what rank 0 adds to the manifest; `shapes` of every tensor by name among it.
     Raises:
+        StoppedOnRequest: a rank's disk is full or broken, and an older checkpoint is complete.
+        UserError: the same, and there is none.
         RuntimeError: rank 0 does not see another rank's file.
     """
     target, draft = folder / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
-    if world.is_main:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    world.barrier()
     file = draft / file_of_rank(world.rank)
     tensors = {
         f"{kind}/{name}": value.detach().float().cpu().contiguous()
         for name, part in slices.items()
         for kind, value in part.values.items()
     }
-    save_file(tensors | {f"random/{kind}": state for kind, state in random.items()}, file)
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
     ranges = {name: [part.start, part.stop] for name, part in slices.items()}
-    entries = world.gather_object({"bytes": file.stat().st_size, "slices": ranges})
-    files = {file_of_rank(rank): entry for rank, entry in enumerate(entries)}
-    manifest = {"format_version": CHECKPOINT_FORMAT, "step": step, **manifest, "files": files}
-    if world.is_main:
-        if unseen := [name for name in files if not (draft / name).is_file()]:
-            raise RuntimeError(
-                f"{draft}: {unseen[0]} of another worker is not seen here: output_dir must lie on storage that every "
-                "worker reaches"
-            )
-        write_json(draft / MANIFEST, manifest)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(draft, target)
-    world.barrier()  # no rank may end the job before the checkpoint is there
+    manifest = {"format_version": CHECKPOINT_FORMAT, "step": step, **manifest}
+
+    def begin() -> None:
+        if world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        save_file(tensors | {f"random/{kind}": state for kind, state in random.items()}, file)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        return {"bytes": file.stat().st_size, "slices": ranges}
+
+    def finish() -> None:
+        if world.is_main:
+            _finish(draft, target, manifest)
+
+    try:
+        together(world, draft, begin)
+        entries = together(world, draft, write)
+        manifest["files"] = {file_of_rank(rank): entry for rank, entry in enumerate(entries)}
+        together(world, draft, finish)  # no rank may end the job before the checkpoint is there
+    except StorageFailed as failed:
+        if world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+        nbytes = sum(value.nbytes for value in tensors.values())
+        raise stop_without(failed, world, folder, f"step {step}'s checkpoint", nbytes) from failed
     return Checkpoint(target, manifest)
+
+
+def _finish(draft: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Every rank's file is there: give the checkpoint its manifest and its name."""
+    if unseen := [name for name in manifest["files"] if not (draft / name).is_file()]:
+        raise RuntimeError(
+            f"{draft}: {unseen[0]} of another worker is not seen here: output_dir must lie on storage that every "
+            "worker reaches"
+        )
+    write_json(draft / MANIFEST, manifest)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(draft, target)
+
+
+def stored(world: World, folder: Path, where: Path, what: str, work: Callable[[], Any]) -> None:
+    """Let every rank do its part of writing `what`; a disk that refuses one ends the training on all of them alike.
+
+    Args:
+        folder: that of the checkpoints.
+        where: what is being written.
+    Raises:
+        StoppedOnRequest, UserError: as `stop_without`.
+    """
+    try:
+        together(world, where, work)
+    except StorageFailed as failed:
+        raise stop_without(failed, world, folder, what) from failed
+
+
+def stop_without(failed: StorageFailed, world: World, folder: Path, what: str, nbytes: int = 0) -> Exception:
+    """The end of a training whose storage has failed: a checkpoint is complete, or else the user has to act first.
+
+    Args:
+        folder: that of the checkpoints.
+        what: was not written, `step 20's checkpoint`.
+        nbytes: how much room this rank needs for it.
+    """
+    complete = [found.step for found in checkpoints(folder)] if world.is_main and folder.is_dir() else []
+    told = world.gather_object((nbytes, complete[-1] if complete else None))
+    step, remedy = told[0][1], "look at the storage"
+    if failed.is_full:
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+        more = math.ceil((1.05 * sum(size for size, _ in told) - free) / 2**20 + 1)  # file systems have needs too
+        remedy = f"free {more:,} MB" if nbytes and more > 0 else "make room"
+    kept = "no checkpoint is complete yet" if step is None else f"step {step}'s checkpoint is complete"
+    line = f"{failed}: {what} was not written, {kept}: {remedy} and run the same command again"
+    return UserError(line) if step is None else StoppedOnRequest(line)
 
 
 def amend_manifest(found: Checkpoint, values: dict[str, Any]) -> None:

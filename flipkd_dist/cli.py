@@ -10,6 +10,7 @@ import click
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
+from flipkd_dist.durable import storage_line, storage_reason
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.pair_export import TARGETS
 from flipkd_dist.pair_formats import SOURCES
@@ -618,6 +619,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if (refused := storage_reason(error)) is not None:
+            sys.exit(_fail(storage_line(error, refused), 75))
         reason = " ".join(str(error).split())
         sys.exit(_fail(f"{type(error).__name__}: {reason} (FLIPKD_DEBUG=1 shows where)", 1))
 

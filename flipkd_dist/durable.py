@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,36 @@ from flipkd_dist.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
+
+BROKEN = (errno.EIO, errno.ESTALE, errno.EROFS)  # a disk or a file server that fails
+REFUSALS = (*FULL, *BROKEN)
+# Writers in other languages, and SQLite, tell of it in words alone.
+WORDS = re.compile(
+    rf"(os error ({'|'.join(map(str, REFUSALS))})\b|disk is full|{'|'.join(os.strerror(code) for code in REFUSALS)})",
+    re.IGNORECASE,
+)
+
+
+def storage_reason(error: BaseException) -> str | None:
+    """`no space left on device`, or how else a disk has refused; None where the error is of another kind."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return os.strerror(error.errno).lower()
+    if found := WORDS.search(str(error)):
+        code = found.group(2)
+        return os.strerror(int(code)).lower() if code else found.group().lower().replace("disk is", "the disk is")
+    return storage_reason(error.__cause__) if error.__cause__ is not None else None
+
+
+def is_full(reason: str | None) -> bool:
+    """Whether room helps against what `storage_reason` has found."""
+    return reason is not None and not any(os.strerror(code).lower() == reason for code in BROKEN)
+
+
+def storage_line(error: BaseException, reason: str) -> str:
+    """What is said of it where nothing that was complete is lost."""
+    place = getattr(error, "filename", None)
+    remedy = "make room" if is_full(reason) else "look at the storage"
+    return f"{reason}: {f'{place}: ' if place else ''}{remedy} and run the same command again; what is complete stays"
 
 
 @contextmanager

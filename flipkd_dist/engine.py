@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flipkd_dist.base_loader import Part
+from flipkd_dist.rendezvous import meet
 from flipkd_dist.slices import Slice, put, set_step, slice_of
 from flipkd_dist.student import Student
 from flipkd_dist.world import World
@@ -255,28 +257,38 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def join_world(use_gpu: bool, timeout_s: int) -> World:
-    """The world of this process: the group that exists (Ray), the launcher's (RANK, WORLD_SIZE), or one process."""
+    """The world of this process: the group that exists (Ray), the launcher's (RANK, WORLD_SIZE), or one process.
+
+    Raises:
+        UserError: the launcher's processes do not find each other.
+    """
     device = torch.device("cpu")
     if use_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        options: dict[str, Any] = {"backend": "nccl" if use_gpu else "gloo", "timeout": timedelta(seconds=timeout_s)}
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(**options)
+        backend, size = "nccl" if use_gpu else "gloo", int(os.environ.get("WORLD_SIZE", 1))
+        rank = int(os.environ["RANK"]) if size > 1 else 0
+        store = meet(backend, timeout_s) if size > 1 else dist.HashStore()
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World.current(device)
 
 
-def prepare_deepspeed(use_gpu: bool) -> None:
-    """Let DeepSpeed adopt the process group; on CPU without its shared-memory op, which needs a C++ compiler."""
+def prepare_deepspeed(use_gpu: bool, timeout_s: float = 600) -> None:
+    """Let DeepSpeed adopt the process group; on CPU without its shared-memory op, which needs a C++ compiler.
+
+    The groups that it makes itself get `timeout_s` too: torch would grant them half an hour.
+    """
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
+    timeout = timedelta(seconds=timeout_s)
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout)
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
 
 
 class ZeroPlacement:

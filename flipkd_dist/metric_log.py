@@ -1,8 +1,10 @@
 """What a training says while it runs: lines of metrics.jsonl, of the console and of MLflow."""
 
+import errno
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +33,7 @@ class MetricLog:
         self.meter = meter
         self.tracker = RunLogger(tracking_uri(config), mlflow_run_id if world.is_main else None)
         self.start = time.monotonic()
+        self.unwritten: list[str] = []  # lines that a full disk has refused
         self.first = 0  # optimizer steps done before this process
         self.num_truncated = self.num_pairs = 0.0
         self.counts = torch.zeros(len(LOSSES), dtype=torch.float64)
@@ -130,9 +133,33 @@ class MetricLog:
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if self.world.is_main:
             values = {key: value for key, value in values.items() if value is not None}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
+            try:
+                self.flush()
+            except OSError as error:  # the next checkpoint decides whether the training can go on
+                if len(self.unwritten) == 1:
+                    logger.warning("warning: %s: %s: its lines wait for room", self.path, error.strerror)
             self.tracker.metrics(values, step)
+
+    def flush(self) -> None:
+        """Write the lines that wait.
+
+        Raises:
+            OSError: the disk is full or broken; whole lines stay in the file, and none is written twice.
+        """
+        if not self.unwritten:
+            return
+        with self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                for line in self.unwritten:
+                    data = line.encode()
+                    if file.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(whole)
+                raise
+        self.unwritten.clear()
 
     def check_first_update(self, moves: dict[str, float]) -> None:
         """After the first update something of every layer must have moved, or gradients do not reach it.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flipkd_dist.beir_folder import is_beir_folder
 from flipkd_dist.config import RunConfig
+from flipkd_dist.engine import join_world
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, tables_by_split
 from flipkd_dist.pair_stream import PairStream
@@ -16,6 +17,7 @@ from flipkd_dist.preflight import Inputs, check_inputs
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
 from flipkd_dist.registry import register
+from flipkd_dist.rendezvous import master
 from flipkd_dist.run_folder import RunFolder, digest, read_json
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import score_streams, score_tables
@@ -23,8 +25,8 @@ from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.teacher_stage import is_scored
 from flipkd_dist.tracking import RUN_FILE, RunLogger, tracking_uri, training_run
-from flipkd_dist.train import train
-from flipkd_dist.world import World
+from flipkd_dist.train import on_main, train
+from flipkd_dist.workbench import use_gpu_here
 
 logger = logging.getLogger("flipkd_dist")
 NUM_EXAMPLES = 5  # pairs kept with the registered model
@@ -268,27 +270,32 @@ def train_here(config: RunConfig) -> None:
             f"distributed.num_workers: it says {distributed.num_workers}, the launcher started {started} processes: "
             "make them agree"
         )
-    if started > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("MASTER_ADDR: not set by the launcher: export MASTER_ADDR and MASTER_PORT of the first host")
+    if started > 1:
+        master()
     pipeline = Pipeline(config, on_ray=False)
     if not is_scored(pipeline.inputs):
         raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
     if pipeline.complete("train", pipeline.trained):
         return
-    main = int(os.environ.get("RANK", 0)) == 0
-    if main:
+    world = join_world(use_gpu_here(config), distributed.timeout_s)
+    run_ids: list[str] = []
+
+    def begin() -> None:
         pipeline.folder.open()
         StopRequest(pipeline.folder.stop).forget()
-    run_id = pipeline.mlflow_run() if main else None
+        run_ids.append(pipeline.mlflow_run())
+
+    on_main(world, begin)  # a slow server must not look like a rank that does not come
+    [run_id] = run_ids or [None]
     tracker = RunLogger(tracking_uri(pipeline.config), run_id)
     tracker.reopen()
     try:
         with told(tracker):
             train(pipeline.config, run_id)
     except StoppedOnRequest:
-        World.current().barrier()  # the launcher ends all as soon as one is gone: rank 0 has told MLflow now
+        world.barrier()  # the launcher ends all as soon as one is gone: rank 0 has told MLflow now
         raise
-    if not main:
+    if not world.is_main:
         return
     pipeline.folder.mark_done("train", pipeline.trained)
     tracker.finish()

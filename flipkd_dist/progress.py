@@ -1,7 +1,11 @@
 """How far a training is: what a checkpoint remembers of it, when one is due, and how it goes on from one."""
 
 import logging
+import math
+import shutil
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -12,6 +16,7 @@ from flipkd_dist.checkpoint import (
     newest_checkpoint,
     remove_drafts,
     save_checkpoint,
+    stored,
 )
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import best_threshold, binary_metrics, hard_negatives, pair_texts
@@ -20,6 +25,7 @@ from flipkd_dist.order import Order
 from flipkd_dist.workbench import Workbench
 
 logger = logging.getLogger("flipkd_dist")
+BYTES_KEPT = 12  # of each trained number in a checkpoint: itself and Adam's two moments, fp32
 NUM_PROBES = 64  # pairs among which the adapter's probe is chosen
 LIBRARIES = ("flipkd_dist", "torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
@@ -50,7 +56,7 @@ class Progress:
         if found is None:
             answers, _ = self.bench.scores(self.probes, "probe")  # B is zero: these are the base's own answers
             self.base_answers = answers.tolist()
-            self.log.begin()
+            self._stored(self.log.path, "metrics.jsonl", self.log.begin)
             return 0
         if found.manifest["inputs"] != self.inputs:
             raise UserError(
@@ -62,7 +68,8 @@ class Progress:
         engine.restore(found.read(wanted), found.step)
         self._restore_random(found)
         self.base_answers = found.manifest["base_probes"]
-        self.log.resume(found.step, found.manifest["log"], unvalidated)
+        state = found.manifest["log"]
+        self._stored(self.log.path, "metrics.jsonl", lambda: self.log.resume(found.step, state, unvalidated))
         logger.info("train: resumed at step %d of %d from %s", found.step, self.num_steps, found.path)
         for name, was in found.manifest["versions"].items():
             if was != version(name):
@@ -82,9 +89,40 @@ class Progress:
     def _validate(self, found: Checkpoint) -> None:
         """Make the checkpoint, which is the present state, a candidate for the adapter."""
         candidate = self._candidate(found.step)
-        if self.bench.world.is_main:
-            amend_manifest(found, {**candidate, "unvalidated": False})
-            keep_checkpoints(self.folder, self.keep)
+
+        def amend() -> None:
+            if self.bench.world.is_main:
+                amend_manifest(found, {**candidate, "unvalidated": False})
+                keep_checkpoints(self.folder, self.keep)
+
+        self._stored(found.path, f"step {found.step}'s validation", amend)
+
+    def _stored(self, where: Path, what: str, work: Callable[[], None]) -> None:
+        stored(self.bench.world, self.folder, where, what, work)
+
+    def check_space(self, first: int) -> None:
+        """Before the loop: refuse a disk that cannot hold the next checkpoint and the adapter, warn of a small one.
+
+        Raises:
+            UserError: on every rank.
+        """
+        numbers = sum(math.prod(shape) for shape in self.bench.engine.shapes().values())
+        each, adapter = numbers * BYTES_KEPT, numbers * self.bench.dtype.itemsize
+        num_saved = -(-(self.num_steps - first) // self.save_steps)
+        least = (each if num_saved else 0) + adapter
+        most = min(num_saved, 2 * self.keep + 1) * each + adapter  # the newest, the best, and the one being written
+        free = self.bench.world.gather_object(shutil.disk_usage(self.log.path.parent).free)[0]
+        if free < least:
+            raise UserError(
+                f"output_dir: {self.log.path.parent}: {free / 2**20:,.0f} MB are free, a checkpoint and the adapter "
+                f"need {least / 2**20:,.0f} MB: make room or choose another output_dir"
+            )
+        if free < most:
+            logger.warning(
+                "warning: %s: %.0f MB are free, checkpoints may need %.0f MB: make room or lower "
+                "train.keep_checkpoints = %d",
+                self.log.path.parent, free / 2**20, most / 2**20, self.keep,
+            )  # fmt: skip
 
     def _candidate(self, step: int) -> dict:
         bench, config = self.bench, self.bench.inputs.config
@@ -126,8 +164,12 @@ class Progress:
             "shapes": engine.shapes(),
         }
         found = save_checkpoint(self.folder, step, engine.slices(), bench.world.random_state(), manifest, bench.world)
-        if bench.world.is_main:
-            keep_checkpoints(self.folder, self.keep)
+
+        def keep() -> None:
+            if bench.world.is_main:
+                keep_checkpoints(self.folder, self.keep)
+
+        self._stored(self.folder, "what is left of old checkpoints", keep)
         return found
 
     def _restore_random(self, found: Checkpoint) -> None:

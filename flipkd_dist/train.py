@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,10 @@ from transformers import get_scheduler
 
 from flipkd_dist.adapter import AdapterCard, Probe, save_adapter, save_tuned
 from flipkd_dist.ahead import ahead
-from flipkd_dist.checkpoint import best_checkpoint
+from flipkd_dist.checkpoint import best_checkpoint, stored
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
+from flipkd_dist.failures import introduce
 from flipkd_dist.meter import OPERATIONS, Meter, linear_weights
 from flipkd_dist.metric_log import MetricLog
 from flipkd_dist.order import training_order
@@ -40,6 +42,9 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     """
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
+    hosts = world.gather_object(socket.gethostname())
+    if world.is_main:
+        introduce(inputs.folder.path, hosts)
     signals = open_signals(inputs, "train")
     step = TrainingStep(engine, world, signals, bench.make_batch, config.loss, config.train.mini_batch_size)
     clock = step.clock = PhaseClock.of(world.device)
@@ -49,6 +54,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)
     progress = Progress(bench, order, num_steps, log)
     first = progress.resume()
+    progress.check_space(first)
     batch = bench.make_batch(progress.probes[: config.train.pairs_per_forward])
     check_first_forward(engine, world, batch, bench.load, config.train.verify, updated=first > 0)
     profiler = StepProfiler(inputs.folder.profile, world, config.train.profile, num_steps - first)
@@ -80,10 +86,12 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     log.say_truncated()
 
     def finish() -> None:
+        log.flush()
         export_best(bench, progress.probes, progress.base_answers)
         log.tracker.artifact(inputs.folder.metric_log)
 
-    on_main(world, finish)
+    folder = inputs.folder
+    stored(world, folder.checkpoints, folder.adapter, "the adapter", lambda: on_main(world, finish))
     engine.close()
 
 

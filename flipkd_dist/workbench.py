@@ -42,9 +42,14 @@ class Workbench:
         )
 
 
+def use_gpu_here(config: RunConfig) -> bool:
+    """What the configuration says, or whether this machine has one."""
+    return torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
+
+
 def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     """config -> data and teacher -> student -> engine; `adapter` is a folder of trained weights to start from."""
-    use_gpu = torch.cuda.is_available() if config.distributed.use_gpu == "auto" else config.distributed.use_gpu
+    use_gpu = use_gpu_here(config)
     world = join_world(use_gpu, config.distributed.timeout_s)
     if not world.is_main:
         logger.setLevel(logging.ERROR)
@@ -55,7 +60,7 @@ def build(config: RunConfig, adapter: Path | None = None) -> Workbench:
     name_unread(config)
     ds_config, placement = None, Whole(world.device)
     if config.distributed.deepspeed is not None:
-        prepare_deepspeed(use_gpu)
+        prepare_deepspeed(use_gpu, config.distributed.timeout_s)
         ds_config = compose(read_policy(config.distributed.deepspeed), config, world.size, bf16)
         placement = ZeroPlacement(ds_config, world.device)
     elif world.size > 1:

@@ -8,10 +8,11 @@ runs this file and ends in the same `train` as `flipkd train`. The teacher's sto
 import argparse
 import os
 import sys
+import traceback
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedAtOnce, UserError
 from flipkd_dist.stop import handling, stop_at_once
 
 
@@ -29,17 +30,30 @@ def main() -> None:
     set_up_logging()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if os.environ.get("DRY_RUN"):
-            print(f"train {config.run_dir} on {os.environ.get('WORLD_SIZE', 1)} processes")
-            return
-        from flipkd_dist.pipeline import train_here
-
-        with handling(stop_at_once):
-            train_here(config)
-    except (UserError, StoppedOnRequest, StoppedAtOnce) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake may be that of one host
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"flipkd: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 75)
+        sys.exit(2)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("DRY_RUN"):
+        print(f"train {config.run_dir} on {size} processes")
+        return
+    try:
+        with handling(stop_at_once):
+            from flipkd_dist.failures import noting
+            from flipkd_dist.pipeline import train_here
+
+            with noting(config.run_dir, rank, size):
+                train_here(config)
+    except (Exception, StoppedAtOnce) as error:
+        from flipkd_dist.last_words import last_words
+
+        if os.environ.get("FLIPKD_DEBUG"):
+            traceback.print_exc()
+        line, code = last_words(config.run_dir, rank, size, error)
+        if line:
+            print(f"flipkd: {line}", file=sys.stderr, flush=True)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.update(
@@ -31,17 +32,32 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group("system" if system in item.path.parents else item.path.stem))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 256 KiB."""
-    folder = tmp_path / "disk"
+@contextmanager
+def file_system(folder: Path, size: str):
+    """A real file system of this size, in memory, mounted at a new folder."""
     folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(options, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("no mount command")
     if done.returncode:
         pytest.skip(f"tmpfs cannot be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    with file_system(tmp_path / "disk", "256k") as folder:
+        yield folder
+
+
+@pytest.fixture
+def run_disk(tmp_path):
+    """A file system for run folders of tiny models."""
+    with file_system(tmp_path / "disk", "16m") as folder:
+        yield folder

@@ -46,7 +46,9 @@ class Together(World):
     def gather_object(self, value):
         self.shared["values"][self.rank] = value
         self.barrier()
-        return [self.shared["values"][rank] for rank in range(self.size)]
+        found = [self.shared["values"][rank] for rank in range(self.size)]
+        self.barrier()  # all have read before the next round writes
+        return found
 
 
 def slices_of(ranges: dict[str, tuple[int, int]]) -> dict[str, Slice]:

@@ -1,6 +1,7 @@
 """The line of a run: rates of its own steps, and an ETA that does not know of what went before a resume."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -89,3 +90,22 @@ def test_where_the_only_layer_is_idle_no_first_update_is_checked(run):
     assert run.path.read_text() == ""
     with pytest.raises(RuntimeError, match=r"^no LoRA-B tensor of 1 layers \(such as layer 0\) moved"):
         run.log.check_first_update({"layers.0.q_proj.lora_B.default.weight": 0.0})
+
+
+def test_lines_wait_for_room_and_then_stand_whole_and_once(small_disk, monkeypatch):
+    run = Run(small_disk, monkeypatch)
+    run.log.write(1, {"loss": 1.0})
+    before = run.path.read_bytes()
+    (small_disk / "ballast").write_bytes(bytes(200_000))
+    with (small_disk / "rest").open("wb") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), bytes(512))
+    run.log.write(2, {"text": "x" * 10_000})
+    run.log.write(3, {"loss": 3.0})
+    assert run.path.read_bytes() == before  # no half line
+    with pytest.raises(OSError):
+        run.log.flush()
+    (small_disk / "ballast").unlink()
+    run.log.write(4, {"loss": 4.0})
+    assert [json.loads(line)["step"] for line in run.path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert run.log.unwritten == []
