@@ -28,7 +28,7 @@ def config(tmp_path_factory) -> Path:
     values = yaml.safe_load(file.read_text())
     values["train"] |= {"max_steps": STEPS, "save_steps": 4, "eval_steps": 15, "logging_steps": 1}
     values["student"]["lora_dropout"] = 0.1
-    values["distributed"]["timeout_s"] = 60
+    values["distributed"]["timeout_s"] = 300
     values["teacher"]["store_path"] = str(file.parent / "store")
     file.write_text(yaml.safe_dump(values))
     return file
@@ -115,6 +115,8 @@ def test_a_worker_then_the_head_are_lost(config, undisturbed):
     with head() as first:
         driver = Command(first, "train", config, "name=faulty")
         driver.wait_until(lambda: last_step(folder) >= 6)
+        (folder / "save").touch()
+        driver.wait_until(lambda: not (folder / "save").exists())  # a checkpoint was asked for, and is there
         workers = sorted(first.family("ray::RayTrainWorker"), key=lambda process: process.pid)
         assert len(workers) == 2
         workers[1].kill()
@@ -135,6 +137,7 @@ def test_a_worker_then_the_head_are_lost(config, undisturbed):
         assert said.splitlines()[-1].startswith("flipkd: Ray's head at ") and said.splitlines()[-1].endswith(end)
         [restart] = [line for line in said.splitlines() if "started again" in line]
         assert f"on {host}: died (killed, or out of memory?), after step" in restart
+        assert "a checkpoint of step" in said
         assert restart.endswith("(restart 1 of 3)") and "Traceback" not in said.split("is gone")[0]
         assert not psutil.wait_procs(workers, timeout=60)[1]  # none trains on
         assert not (folder / "adapter").exists()
