@@ -70,16 +70,25 @@ def note(folder: Path, rank: int, error: BaseException) -> Failure:
     Args:
         folder: the run folder; one that is not there is not made.
     """
+    failure = failure_of(rank, error)
+    record(folder, failure, "".join(traceback.format_exception(error)))
+    return failure
+
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """What there is to say of an error that ends the work of this process now."""
     user = isinstance(error, UserError)
-    failure = Failure(
-        rank, socket.gethostname(), time.time(), one_line(error), is_final(error), is_lost_peer(error), user
-    )
-    file = _notes(folder) / f"rank-{rank:05d}.json"
+    return Failure(rank, socket.gethostname(), time.time(), one_line(error), is_final(error), is_lost_peer(error), user)
+
+
+def record(folder: Path, failure: Failure, details: str = "") -> None:
+    """Write a note, and the details beside it; nothing is raised where that fails."""
+    file = _notes(folder) / f"rank-{failure.rank:05d}.json"
     with suppress(OSError):  # a full disk must not hide the error
         file.parent.mkdir(exist_ok=True)
         write_json(file, asdict(failure))
-        write_whole(file.with_suffix(".txt"), "".join(traceback.format_exception(error)))
-    return failure
+        if details:
+            write_whole(file.with_suffix(".txt"), details)
 
 
 @contextmanager
