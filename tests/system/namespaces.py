@@ -1,4 +1,4 @@
-"""Hosts that are network namespaces of this machine, on a switch of their own: names, addresses and cables like real ones.
+"""Hosts that are network namespaces of this machine, on a switch of their own, with names, addresses and cables.
 
 They share the machine's files, as hosts with a common file system do, and nothing of its network: a port that is free
 in one is free whatever runs elsewhere.
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -125,10 +125,8 @@ def _files(host: Host) -> Path:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _ip(*arguments: str) -> str:

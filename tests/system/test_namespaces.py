@@ -7,7 +7,12 @@ import pytest
 from namespaces import hosts
 
 pytestmark = pytest.mark.system
-SERVE = "import http.server as h; s = h.HTTPServer(('', 8000), h.SimpleHTTPRequestHandler); print('up', flush=True); s.serve_forever()"
+SERVE = """
+import http.server
+server = http.server.HTTPServer(("", 8000), http.server.SimpleHTTPRequestHandler)
+print("up", flush=True)
+server.serve_forever()
+"""
 ASK = "import sys, urllib.request as u; u.urlopen(f'http://{sys.argv[1]}:8000', timeout=1); print('reached')"
 
 
