@@ -79,7 +79,7 @@ class Progress:
         if now == before:
             return
         most = self.bench.inputs.config.train.chunk_size
-        chunks = f", in chunks of {most} on each worker" if ceil(size / now) > most else ""
+        chunks = f", in chunks of at most {most} pairs on each worker" if ceil(size / now) > most else ""
         workers = "1 worker" if now == 1 else f"{now} workers"
         logger.info(
             "train: resumed by %s in place of %d: contrast batches of %d pairs as before%s",
