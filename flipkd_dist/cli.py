@@ -10,7 +10,7 @@ import click
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.errors import HeadLost, StoppedAtOnce, StoppedOnRequest, UserError, WorkerFailed
 from flipkd_dist.pair_export import TARGETS
 from flipkd_dist.pair_formats import SOURCES
 from flipkd_dist.run_folder import RunFolder
@@ -613,8 +613,16 @@ def main() -> None:
         sys.exit(_fail("interrupted", 1))
     except UserError as error:
         sys.exit(_fail(str(error), 2))
+    except HeadLost as error:
+        _fail(str(error), 75)
+        sys.stdout.flush()
+        os._exit(75)  # leaving Ray in order needs the head
     except (StoppedOnRequest, StoppedAtOnce) as error:
         sys.exit(_fail(str(error), 75))
+    except WorkerFailed as error:
+        if debug:
+            raise
+        sys.exit(_fail(str(error), 1))
     except Exception as error:
         if debug:
             raise

@@ -55,9 +55,3 @@ def quiet_others() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
-def quiet_ray_worker() -> None:
-    """Run by Ray in each of its processes: its watchdog warns every second where no dashboard runs."""
-    quiet_others()
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The two ways a run ends early; the command line turns them into exit codes."""
+"""The ways a run ends early; the command line turns them into exit codes."""
 
 
 class UserError(Exception):
@@ -11,3 +11,11 @@ class StoppedOnRequest(Exception):
 
 class StoppedAtOnce(BaseException):
     """A termination signal came where nothing is lost (exit code 75); no `except Exception` may hold it up."""
+
+
+class HeadLost(StoppedAtOnce):
+    """Ray's head is gone; nothing of the run is lost with it (exit code 75)."""
+
+
+class WorkerFailed(Exception):
+    """A worker failed for good (exit code 1). The message is one line that begins with its rank and host."""

@@ -165,3 +165,9 @@ def position(line: str) -> tuple[float, bool]:
         return values["step"], any(key.startswith("validation_") for key in values)
     except (ValueError, KeyError, TypeError, AttributeError):
         return math.inf, True
+
+
+def last_step(path: Path) -> int:
+    """The last step that metrics.jsonl tells of; 0 where there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(max((step for line in lines if (step := position(line)[0]) < math.inf), default=0))

@@ -105,7 +105,7 @@ class Pipeline:
         tracker = RunLogger(tracking_uri(self.config), run_id)
         tracker.reopen()
         with told(tracker), self._stopping() as stop:
-            run_workers(self.config, stages, run_id)
+            run_workers(self.config, stages, run_id, self.trained)
         if "train" in stages:
             self.folder.mark_done("train", self.trained)
             tracker.finish()

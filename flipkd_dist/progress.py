@@ -73,6 +73,21 @@ class Progress:
             self._validate(found)
         return found.step
 
+    def save_if_due(self, step: int, stopping: bool, asked: bool = False) -> None:
+        """Write a checkpoint and validate it where the settings say so and at the end; before stopping write one.
+
+        Args:
+            asked: somebody wants a checkpoint now: a machine is about to go.
+        """
+        validating = step % self.eval_steps == 0 or step == self.num_steps
+        if validating or stopping or asked or step % self.save_steps == 0:
+            found = self._save(step, validating)
+            if asked and self.bench.world.is_main:
+                self.bench.inputs.folder.save.unlink(missing_ok=True)
+                logger.info("train: a checkpoint of step %d is written, as asked", step)
+            if validating and not stopping:  # whoever asked to stop will not wait for it: the resumed run does it
+                self._validate(found)
+
     def _say_workers(self, before: int) -> None:
         """What a change of their number leaves as it was."""
         now, size = self.bench.world.size, self.order.contrast_batch_size
@@ -88,14 +103,6 @@ class Progress:
             size,
             chunks,
         )
-
-    def save_if_due(self, step: int, stopping: bool) -> None:
-        """Write a checkpoint and validate it where the settings say so and at the end; before stopping write one."""
-        validating = step % self.eval_steps == 0 or step == self.num_steps
-        if validating or stopping or step % self.save_steps == 0:
-            found = self._save(step, validating)
-            if validating and not stopping:  # whoever asked to stop will not wait for it: the resumed run does it
-                self._validate(found)
 
     def _validate(self, found: Checkpoint) -> None:
         """Make the checkpoint, which is the present state, a candidate for the adapter."""

@@ -8,34 +8,46 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.console import log_file
-from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError, WorkerFailed
+from flipkd_dist.failures import first_cause, forget, one_line
+from flipkd_dist.ray_head import check_head, die_with_head, end_with_head, refusal
 from flipkd_dist.ray_pool import autoscales
+from flipkd_dist.ray_watch import Watch, callback, ended, is_exported
 from flipkd_dist.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("flipkd_dist")
 
 
 def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
-    """Join the cluster at RAY_ADDRESS, or start one on this machine.
+    """Join the cluster at RAY_ADDRESS, whose end will be ours, or start one on this machine.
 
     Args:
         log_to_driver: show here what workers print.
+    Raises:
+        UserError: there is no cluster at RAY_ADDRESS, or one of another version.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    if not ray.is_initialized():
-        # Without a named address ray.init would attach to whatever cluster ran here last.
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        options: dict[str, Any] = {
-            "runtime_env": {"worker_process_setup_hook": "flipkd_dist.console.quiet_ray_worker"},
-            "log_to_driver": log_to_driver,
-        }
-        if address == "local":
-            options["include_dashboard"] = False
-        taken = signal.getsignal(signal.SIGTERM)
+    if ray.is_initialized():
+        return
+    # Without a named address ray.init would attach to whatever cluster ran here last.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {
+        "runtime_env": {"worker_process_setup_hook": "flipkd_dist.ray_process.set_up"},
+        "log_to_driver": log_to_driver,
+    }
+    if address == "local":
+        options["include_dashboard"] = False
+    check_head(address)
+    taken = signal.getsignal(signal.SIGTERM)
+    try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
-        signal.signal(signal.SIGTERM, taken)  # ray.init puts a handler of its own in its place
+    except Exception as error:
+        raise refusal(address, error) or error from None
+    signal.signal(signal.SIGTERM, taken)  # ray.init puts a handler of its own in its place
+    if address != "local":
+        end_with_head(ray.get_runtime_context().gcs_address)
 
 
 def check_room(config: RunConfig) -> None:
@@ -86,80 +98,111 @@ def task_options(resources: dict[str, float]) -> dict[str, Any]:
 
 def _worker(work: dict[str, Any]) -> None:
     from flipkd_dist.console import set_up_logging
-    from flipkd_dist.evaluation import evaluate
-    from flipkd_dist.train import train
-    from flipkd_dist.world import World
+    from flipkd_dist.failures import noting
 
     set_up_logging(work["log"])
     config = validate(work["config"], "the driver's configuration")
+    if not work["here"]:
+        die_with_head()
+    with noting(config.run_dir, int(os.environ.get("RANK", 0))):
+        _stages(config, work)
+
+
+def _stages(config: RunConfig, work: dict[str, Any]) -> None:
+    from flipkd_dist.engine import join_world
+    from flipkd_dist.evaluation import evaluate
+    from flipkd_dist.train import train
+
+    folder, world = RunFolder(config), join_world(config.distributed.use_gpu, config.distributed.timeout_s)
     try:
         for stage in work["stages"]:
-            if stage == "train":
-                train(config, work["mlflow_run_id"])
-            else:
+            if stage != "train":
                 evaluate(config, untrained=stage == "untrained")
+            elif world.any(world.is_main and is_exported(folder, work["trained"])):  # before a worker was lost
+                logger.info("train: the adapter is complete, skipped")
+            else:
+                train(config, work["mlflow_run_id"])
+                if world.is_main and work["trained"]:
+                    folder.mark_done("exported", work["trained"])
     except StoppedOnRequest as stopped:  # no failure, of which Ray would print a traceback
-        if World.current().is_main:
-            write_whole(RunFolder(config).stop, str(stopped))
+        if world.is_main:
+            write_whole(folder.stop, str(stopped))
 
 
-def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None) -> None:
+def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None, trained: str | None = None) -> None:
     """Run `train` and/or `evaluate`, or `untrained`, on `distributed.num_workers` workers of one process group.
 
+    Args:
+        trained: what the stage `train` is of; workers that are started again leave out what is complete.
     Raises:
         UserError, StoppedOnRequest: as raised in a worker.
-        RuntimeError: the first worker's failure, with its rank.
+        WorkerFailed: the failure that came first, with its rank and host.
     """
     gpu = uses_gpu(config)
     resolved = config.model_copy(update={"distributed": config.distributed.model_copy(update={"use_gpu": gpu})})
+    here = _is_the_worker(config)
     work = {
         "config": resolved.model_dump(mode="json"),
         "stages": stages,
+        "trained": trained,
         "mlflow_run_id": mlflow_run_id,
         "log": log_file(),
+        "here": here,
     }
-    _worker(work) if _is_the_worker(config) else _fit(resolved, work)
-    stop = RunFolder(config).stop
-    if stop.is_file() and (said := stop.read_text(encoding="utf-8")):
-        stop.unlink()
+    folder = RunFolder(config)
+    forget(folder.path)
+    folder.save.unlink(missing_ok=True)
+    _worker(work) if here else _fit(resolved, work)
+    if folder.stop.is_file() and (said := folder.stop.read_text(encoding="utf-8")):
+        folder.stop.unlink()
         raise StoppedOnRequest(said)
 
 
 def _fit(config: RunConfig, work: dict[str, Any]) -> None:
     """Let Ray Train start the workers; `config` says whether they have GPUs."""
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    distributed, gpu = config.distributed, config.distributed.use_gpu
+    distributed, gpu, need = config.distributed, config.distributed.use_gpu, worker_resources(config)
     fixed = distributed.min_workers == distributed.max_workers
+    # Room for workers is asked for anew so often; `Watch` says how long in all.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(min(60, distributed.timeout_s)))
     trainer = TorchTrainer(
         _worker,
         train_loop_config=work,
         scaling_config=ScalingConfig(
             num_workers=distributed.max_workers if fixed else (distributed.min_workers, distributed.max_workers),
             use_gpu=gpu,
-            resources_per_worker=worker_resources(config),
+            resources_per_worker=need,
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=distributed.timeout_s),
         run_config=TrainRunConfig(
             name="-".join([config.name, *work["stages"]]),
             storage_path=distributed.storage_path or str((config.run_dir / "ray").resolve()),
             failure_config=FailureConfig(max_failures=distributed.max_failures),
+            callbacks=[callback(Watch(config, work["stages"], work["trained"], need, work["log"]))],
+            logging_config=LoggingConfig(log_level="WARNING"),  # tracebacks of every attempt; the first cause is ours
         ),
     )
     try:
         trainer.fit()
+    except SystemExit:  # Ray's own handler of Ctrl-C, which would say that all went well
+        raise KeyboardInterrupt from None
     except Exception as error:
-        failures = getattr(error, "worker_failures", None) or {0: error}
-        rank, cause = next(iter(sorted(failures.items())))
-        while cause.__cause__ is not None or getattr(cause, "cause", None) is not None:
-            cause = cause.__cause__ or cause.cause
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from None
-        raise RuntimeError(
-            f"worker of rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
-        ) from error
+        raise _reason(config, error) from error
+
+
+def _reason(config: RunConfig, error: Exception) -> Exception:
+    """What ended the workers, as it is said to the user."""
+    said = getattr(error, "controller_failure", None)
+    if isinstance(said, UserError | StoppedOnRequest | WorkerFailed):
+        return said
+    if cause := first_cause(config.run_dir):
+        return ended(cause, config)
+    while (inner := said or error.__cause__ or getattr(error, "cause", None)) is not None:
+        error, said = inner, None
+    return WorkerFailed(f"Ray Train: {one_line(error)}")
 
 
 def _is_the_worker(config: RunConfig) -> bool:

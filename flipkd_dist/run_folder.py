@@ -90,6 +90,7 @@ class RunFolder:
         self.report = self.notes / "report.html"
         self.profile = self.path / "profile"
         self.stop = self.path / "stop"  # asks a training to stop after its current step
+        self.save = self.path / "save"  # asks it for a checkpoint after its current step
 
     def check(self) -> None:
         """Refuse a folder that is not ours, holds another run, or cannot be written; writes nothing.

@@ -58,3 +58,9 @@ class StopRequest:
     def made(self, world: "World") -> bool:
         """Whether any rank has been asked to stop; every rank must call it."""
         return world.any(self.signalled or (world.is_main and self.file.exists()))
+
+    def made_with(self, save: Path, world: "World") -> tuple[bool, bool]:
+        """Whether any rank has been asked to stop, and whether the file `save` asks for a checkpoint; as `made`."""
+        asked = [self.signalled or (world.is_main and self.file.exists()), world.is_main and save.exists()]
+        stop, checkpoint = world.each_any(asked)
+        return stop, checkpoint

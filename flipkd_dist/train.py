@@ -64,14 +64,15 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
                 done = step(micro_steps, rate)
             log.add(number + 1, *done, rate, order)
             with clock("communication"):
-                stopping = stop.made(world) and number + 1 < num_steps
+                stopping, saving = stop.made_with(inputs.folder.save, world)
+                stopping = stopping and number + 1 < num_steps
             with clock(ASIDE):
                 profiler.finish_if_due()
                 if number == 0:
                     idle = idle_tensors(bench)
                     moves = first_moves(engine, world)
                     log.check_first_update({name: move for name, move in moves.items() if name not in idle})
-                progress.save_if_due(number + 1, stopping)
+                progress.save_if_due(number + 1, stopping, saving)
             if stopping:
                 raise StoppedOnRequest(
                     f"stopped on request with a complete checkpoint of step {number + 1} of {num_steps}: "

@@ -63,7 +63,13 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; every rank must call it."""
-        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+        return self.each_any([flag])[0]
+
+    def each_any(self, flags: list[bool]) -> list[bool]:
+        """Whether each flag holds on any rank; every rank must call it, with as many."""
+        return [
+            held > 0 for held in self.sum(torch.tensor([float(flag) for flag in flags], device=self.device)).tolist()
+        ]
 
     def gather_rows(
         self, rows: Tensor, rows_per_rank: list[int], sending: Callable[[], AbstractContextManager] = nullcontext

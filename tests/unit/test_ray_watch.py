@@ -1,0 +1,144 @@
+"""What the controller of Ray Train says and decides when workers fail or find no room; Ray is stood in for."""
+
+import json
+import logging
+import time
+
+import pytest
+
+from flipkd_dist import ray_watch
+from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import StoppedOnRequest, UserError, WorkerFailed
+from flipkd_dist.failures import first_cause, note
+from flipkd_dist.ray_watch import Watch, ended, is_exported
+from flipkd_dist.run_folder import RunFolder, write_json
+
+RESET = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+KILLED = "died (killed, or out of memory?)"
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    config = RunConfig(name="x", output_dir=str(tmp_path), distributed={"num_workers": [1, 4], "timeout_s": 100})
+    config.run_dir.mkdir()
+    return config
+
+
+@pytest.fixture
+def watch(config) -> Watch:
+    watch = Watch(config, ["train", "evaluate"], "abc", {"CPU": 2.0, "GPU": 1.0}, None)
+    watch.starting()
+    watch.started({0: "node1", 1: "node2"})
+    return watch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only by `sleep`, and by adding to them."""
+    passed = [1000.0]
+    monkeypatch.setattr(ray_watch.time, "monotonic", lambda: passed[0])
+    monkeypatch.setattr(ray_watch.time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
+    return passed
+
+
+def free() -> dict[str, float]:
+    return {"CPU": 1.0}
+
+
+def test_a_killed_worker_is_the_cause_not_the_peer_that_noticed_first(watch, config):
+    note(config.run_dir, 0, RESET)
+    watch.failed({0: RESET}, {1: KILLED})
+    assert str(first_cause(config.run_dir)) == f"rank 1 on node2: {KILLED}" == str(watch.cause)
+    assert not watch.cause.final
+
+
+def test_an_error_that_nobody_could_note_bears_the_name_of_its_host(watch, config):
+    watch.failed({1: OSError("no space left")}, {})
+    assert str(watch.cause) == "rank 1 on node2: OSError: no space left" and not watch.cause.final
+
+
+def test_what_a_restart_would_meet_again_ends_the_run(watch, config):
+    note(config.run_dir, 1, UserError("data.train: line 3: no label: correct it"))
+    with pytest.raises(UserError, match=r"^data.train: line 3: no label: correct it$"):
+        watch.failed({1: UserError("data.train: line 3: no label: correct it")}, {})
+    watch.starting()
+    with pytest.raises(WorkerFailed, match=r"^rank 0 on node1: ValueError: seven: .*failures has the traceback$"):
+        watch.failed({0: ValueError("seven")}, {})
+
+
+def test_a_new_attempt_forgets_the_notes_of_the_one_before(watch, config):
+    watch.failed({}, {1: KILLED})
+    watch.starting()
+    note(config.run_dir, 0, RESET)
+    watch.failed({0: RESET}, {})
+    assert watch.cause.rank == 0
+
+
+def test_a_restart_is_one_line_with_its_place_and_count(watch, config, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+    RunFolder(config).metric_log.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)))
+    watch.updated("Running", True, free)
+    watch.failed({}, {1: KILLED})
+    for state in ("Restarting", "Scheduling", "Running", "Running"):
+        watch.updated(state, True, free)
+    write_json(config.run_dir / "stages.json", {"exported": "abc"})
+    write_json_to(RunFolder(config).adapter / "flipkd.json")
+    watch.failed({}, {0: "its node was taken away"})
+    watch.updated("Preempting", False, free)
+    watch.updated("Restarting", False, free)
+    cause = f"rank 1 on node2: {KILLED}"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"train: {cause}, after step 8: started again from step 0 (restart 1 of 3)",
+        "train: a node is to be taken away: a checkpoint is written before it goes",
+        "evaluate: rank 0 on node1: its node was taken away: started again",
+    ]
+    assert RunFolder(config).save.exists()
+
+
+def write_json_to(path) -> None:
+    path.parent.mkdir()
+    write_json(path, {})
+
+
+def test_workers_that_find_no_room_say_what_is_missing_and_end(watch, config, clock, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+    watch.updated("Running", True, free)
+    with pytest.raises(StoppedOnRequest, match=r"run the same command again to go on$"):
+        for _ in range(200):
+            watch.updated("Restarting", True, free)
+    assert clock[0] == pytest.approx(1100, abs=2)
+    [_, told] = [record.getMessage() for record in caplog.records]
+    assert "no room for 1 workers of 2 CPU and 1 GPU since 60 s; the Ray cluster has 1 CPU, 0 GPU free" in told
+
+
+def test_workers_that_never_had_room_are_the_users_mistake(config, clock):
+    watch = Watch(config, ["train"], "abc", {"CPU": 2.0}, None)
+    with pytest.raises(
+        UserError, match=r"distributed.num_workers: no room .* add nodes or raise distributed.timeout_s"
+    ):
+        for _ in range(200):
+            watch.updated("Initializing", True, free)
+
+
+def test_the_end_of_all_restarts_names_the_setting(watch, config):
+    watch.failed({}, {1: KILLED})
+    assert f"{ended(watch.cause, config)}" == (
+        f"rank 1 on node2: {KILLED}: no restart is left of distributed.max_failures = 3: "
+        "run the same command again to go on"
+    )
+
+
+def test_a_training_is_left_out_only_where_its_adapter_lies(config):
+    folder = RunFolder(config)
+    folder.mark_done("exported", "abc")
+    assert not is_exported(folder, "abc")
+    write_json_to(folder.adapter / "flipkd.json")
+    assert is_exported(folder, "abc")
+    assert not is_exported(folder, "other") and not is_exported(folder, None)
+
+
+def test_time_counts_from_when_the_workers_were_lost(watch, clock):
+    clock[0] += 1e6
+    watch.updated("Running", True, free)
+    watch.updated("Restarting", True, free)
+    assert time.monotonic() - watch.since < 5
