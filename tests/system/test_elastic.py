@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,11 @@ def test_a_host_is_lost_and_returns(config, tmp_path):
         print(said.read_text() if said.exists() else "")
         for (_, before), (what, now) in pairwise(marks):
             print(f"{now - before:6.1f} s: {what}")
+    words = said.read_text()
+    [asked] = set(re.findall(r"a checkpoint of step (\d+) is written, as asked", words))
+    assert re.findall(r"resumed at step (\d+) of", words)[-1] == asked  # growing costs no step
+    assert "resumed by 1 worker in place of 2: contrast batches of 8 pairs as before, in chunks of at most 4" in words
+    assert "its node was lost" in words
     check(folder, undisturbed.run_dir)
 
 
