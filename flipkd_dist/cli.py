@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from flipkd_dist import ray_head
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import HeadLost, StoppedAtOnce, StoppedOnRequest, UserError, WorkerFailed
@@ -610,13 +611,13 @@ def main() -> None:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "flipkd"
         sys.exit(_fail(f"{error.format_message().rstrip('.')}: see {command} --help", 2))
     except (click.Abort, KeyboardInterrupt):
+        if ray_head.LOST:
+            _leave(ray_head.LOST[0])
         sys.exit(_fail("interrupted", 1))
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except HeadLost as error:
-        _fail(str(error), 75)
-        sys.stdout.flush()
-        os._exit(75)  # leaving Ray in order needs the head
+        _leave(str(error))
     except (StoppedOnRequest, StoppedAtOnce) as error:
         sys.exit(_fail(str(error), 75))
     except WorkerFailed as error:
@@ -628,6 +629,13 @@ def main() -> None:
             raise
         reason = " ".join(str(error).split())
         sys.exit(_fail(f"{type(error).__name__}: {reason} (FLIPKD_DEBUG=1 shows where)", 1))
+
+
+def _leave(message: str) -> None:
+    """End without leaving Ray in order, which needs the head."""
+    _fail(message, 75)
+    sys.stdout.flush()
+    os._exit(75)
 
 
 def _fail(message: str, code: int) -> int:

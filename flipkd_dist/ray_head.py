@@ -17,7 +17,7 @@ from flipkd_dist.errors import HeadLost, UserError
 
 EVERY_S = 2.0  # between two looks at the head
 ANSWER_S = 3.0  # for a connection
-LEAVE_S = 20.0  # to tell MLflow and to end
+LOST: list[str] = []  # the line, once the head of this process is lost
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # how long Ray's own processes wait for a head that has gone
 RAYS_OWN_S = 60.0  # its default
 
@@ -56,13 +56,30 @@ def refusal(address: str, error: Exception) -> UserError | None:
     if "Version mismatch" in text:
         return UserError(f"RAY_ADDRESS: {text[:300]}: install the versions of the cluster at {address} here")
     if isinstance(error, ConnectionError | ValueError):
-        return UserError(f"RAY_ADDRESS: {address} is no running Ray cluster ({text[:200]}): start it, or unset it")
+        return UserError(
+            f"RAY_ADDRESS: no Ray head that lets us in at {address} ({text[:200]}): check the port, and that "
+            "RAY_AUTH_MODE and the token are the head's (`ray start` takes ~/.ray/auth_token where there is one)"
+        )
     return None
 
 
 def patience_s() -> float:
     """How long a head may be gone: half of what Ray waits, so that the end is ours."""
     return float(os.environ.get(RECONNECT, RAYS_OWN_S)) / 2
+
+
+def gone(host: str, port: int) -> str:
+    return f"Ray's head at {host}:{port} is gone: start it, and run the same command again to go on"
+
+
+def head_lost() -> HeadLost | None:
+    """Why an error of Ray's or an interruption came, if the head is gone; asked after it."""
+    if LOST:
+        return HeadLost(LOST[0])
+    import ray
+
+    where = place(ray.get_runtime_context().gcs_address)
+    return None if answers(*where) else HeadLost(gone(*where))
 
 
 class HeadWatch(threading.Thread):
@@ -78,24 +95,23 @@ class HeadWatch(threading.Thread):
             time.sleep(self.every_s)
             if answers(self.host, self.port):
                 seen = time.monotonic()
-        self.lost(f"Ray's head at {self.host}:{self.port} is gone: start it, and run the same command again to go on")
+        self.lost(gone(self.host, self.port))
 
 
 def end_with_head(address: str) -> None:
-    """From now on the end of the head ends this process, which drives a run: HeadLost in its main thread."""
-    said: list[str] = []
+    """From now on the end of the head interrupts this process, which drives a run, as Ctrl-C does; see `head_lost`."""
 
-    def raise_lost(_number: int, _frame: object) -> None:
-        raise HeadLost(said[0])
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt  # the one exception of a handler that gets out of a call of Ray's
 
     def lost(line: str) -> None:
-        said.append(line)
+        LOST.append(line)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
-        time.sleep(LEAVE_S)
-        print("flipkd:", line, file=sys.stderr, flush=True)  # the main thread hangs in a call of Ray's
+        time.sleep(patience_s() / 2)  # to tell MLflow and to end
+        print("flipkd:", line, file=sys.stderr, flush=True)
         os._exit(75)
 
-    signal.signal(signal.SIGUSR2, raise_lost)
+    signal.signal(signal.SIGUSR2, interrupt)
     HeadWatch(*place(address), lost).start()
 
 

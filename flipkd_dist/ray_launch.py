@@ -11,7 +11,7 @@ from flipkd_dist.config import RunConfig, validate
 from flipkd_dist.console import log_file
 from flipkd_dist.errors import StoppedOnRequest, UserError, WorkerFailed
 from flipkd_dist.failures import first_cause, forget, one_line
-from flipkd_dist.ray_head import check_head, die_with_head, end_with_head, refusal
+from flipkd_dist.ray_head import check_head, die_with_head, end_with_head, head_lost, refusal
 from flipkd_dist.ray_pool import autoscales
 from flipkd_dist.ray_watch import Watch, callback, ended, is_exported
 from flipkd_dist.run_folder import RunFolder, write_whole
@@ -190,10 +190,10 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
     )
     try:
         trainer.fit()
-    except SystemExit:  # Ray's own handler of Ctrl-C, which would say that all went well
-        raise KeyboardInterrupt from None
+    except (KeyboardInterrupt, SystemExit):  # of Ray's own handler of Ctrl-C: it would say that all went well
+        raise head_lost() or KeyboardInterrupt from None
     except Exception as error:
-        raise _reason(config, error) from error
+        raise head_lost() or _reason(config, error) from error
 
 
 def resize_interval_s() -> float:

@@ -74,12 +74,12 @@ class Watch:
         if self.cause is not None and self.cause.final:
             raise ended(self.cause, self.config)
 
-    def updated(self, state: str, counts: bool, have: Callable[[], dict[str, float]]) -> None:
+    def updated(self, state: str, counts: bool, have: Callable[[], list[dict[str, float]]]) -> None:
         """The controller goes on in the same or in another state.
 
         Args:
             counts: towards distributed.max_failures, if it restarts.
-            have: asks for the cluster's free resources.
+            have: asks for the free resources of each node.
         Raises:
             UserError, StoppedOnRequest: workers have waited for room too long.
         """
@@ -93,11 +93,14 @@ class Watch:
             self._save_first()
         if state not in WAITING:
             self.since = self.told = now
-        elif now - self.told >= TOLD_EVERY_S:
-            self.told = now
-            logger.warning("%s: %s", self.stages[0], self._lack(now, have()))
-        if now - self.since >= self.config.distributed.timeout_s:
-            raise self._no_room(now, have())
+        elif now - self.told >= min(TOLD_EVERY_S, self.config.distributed.timeout_s):
+            self.told, free = now, have()
+            if self._places(free) >= self.config.distributed.min_workers:
+                self.since = now  # there is room: it is their start that takes long
+            elif now - self.since >= self.config.distributed.timeout_s:
+                raise self._no_room(now, free)
+            else:
+                logger.warning("%s: %s", self.stages[0], self._lack(now, free))
         if state == before and state in WAITING:
             time.sleep(1.0)  # Ray asks again at once, and would keep a core busy
 
@@ -131,16 +134,24 @@ class Watch:
             count,
         )
 
-    def _lack(self, now: float, have: dict[str, float]) -> str:
+    def _places(self, free: list[dict[str, float]]) -> int:
+        """How many workers the nodes have room for."""
+        need = {name: amount for name, amount in self.need.items() if amount}
+        return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()) for node in free)
+
+    def _lack(self, now: float, free: list[dict[str, float]]) -> str:
         wanted, each = (
             self.config.distributed.min_workers,
             " and ".join(f"{n:g} {name}" for name, n in self.need.items()),
         )
-        free = ", ".join(f"{have.get(name, 0.0):g} {name}" for name in self.need)
-        return f"no room for {wanted} workers of {each} since {now - self.since:.0f} s; the Ray cluster has {free} free"
+        there = ", ".join(f"{sum(node.get(name, 0.0) for node in free):g} {name}" for name in self.need)
+        return (
+            f"no room for {wanted} workers of {each} since {now - self.since:.0f} s; {there} are free on "
+            f"{len(free)} nodes of the Ray cluster"
+        )
 
-    def _no_room(self, now: float, have: dict[str, float]) -> Exception:
-        lack = self._lack(now, have)
+    def _no_room(self, now: float, free: list[dict[str, float]]) -> Exception:
+        lack = self._lack(now, free)
         if self.has_run:
             return StoppedOnRequest(f"{lack}: bring nodes back, and run the same command again to go on")
         return UserError(
@@ -187,6 +198,12 @@ def count_nodes_anew() -> None:
     coordinator = get_or_create_autoscaling_coordinator()
     with suppress(ray.exceptions.RayError):  # it would have been sooner, no more
         ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=PING_S)
+
+
+def _free() -> list[dict[str, float]]:
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
 
 
 def callback(watch: Watch) -> Any:
@@ -238,6 +255,6 @@ def callback(watch: Watch) -> Any:
             state = type(current_state).__name__.removesuffix("State")
             if state in ("Restarting", "Rescheduling"):
                 count_nodes_anew()
-            watch.updated(state, not preempted, ray.available_resources)
+            watch.updated(state, not preempted, _free)
 
     return Callback()

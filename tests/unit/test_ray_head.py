@@ -42,7 +42,9 @@ def test_an_address_at_which_nothing_listens_is_refused_with_host_port_and_remed
 def test_what_ray_says_of_a_cluster_that_cannot_be_joined_becomes_a_line():
     other = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.9")
     assert "Ray: 2.9.0 Python: 3.9: install the versions of the cluster at h:1 here" in str(refusal("h:1", other))
-    assert "auto is no running Ray cluster (none)" in str(refusal("auto", ConnectionError("none")))
+    assert "no Ray head that lets us in at auto (none): check the port, and that RAY_AUTH_MODE" in str(
+        refusal("auto", ConnectionError("none"))
+    )
     assert refusal("h:1", RuntimeError("a bug")) is None
 
 

@@ -1,0 +1,34 @@
+"""What each process of Ray is told when it begins; Ray is stood in for."""
+
+import logging
+import os
+import sys
+from types import SimpleNamespace
+
+from flipkd_dist import ray_process
+
+
+def test_each_process_knows_its_own_cluster_and_keeps_quiet(monkeypatch):
+    """Where two clusters run on a machine, Ray Train's cleaner would look for its controller on the other one."""
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    monkeypatch.delenv("FLIPKD_DEBUG", raising=False)
+    noisy = [logging.getLogger(f"ray.train.v2._internal.{name}") for name in ray_process.NOISY]
+    levels = [logger.level for logger in noisy]
+    try:
+        ray_process.set_up()
+        assert os.environ["RAY_ADDRESS"] == "10.0.0.1:6379"
+        assert {logger.level for logger in noisy} == {logging.CRITICAL}
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+def test_with_debug_ray_says_everything(monkeypatch):
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_runtime_context=lambda: context))
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    monkeypatch.setenv("FLIPKD_DEBUG", "1")
+    ray_process.set_up()
+    assert logging.getLogger(f"ray.train.v2._internal.{ray_process.NOISY[0]}").level == logging.NOTSET
