@@ -71,6 +71,7 @@ class Progress:
         state = found.manifest["log"]
         self._stored(self.log.path, "metrics.jsonl", lambda: self.log.resume(found.step, state, unvalidated))
         logger.info("train: resumed at step %d of %d from %s", found.step, self.num_steps, found.path)
+        self._say_workers(found.manifest["world_size"])
         for name, was in found.manifest["versions"].items():
             if was != version(name):
                 logger.warning("warning: %s is %s now, the checkpoint was made with %s", name, version(name), was)
@@ -92,6 +93,22 @@ class Progress:
                 logger.info("train: a checkpoint of step %d is written, as asked", step)
             if validating and not stopping:  # whoever asked to stop will not wait for it: the resumed run does it
                 self._validate(found)
+
+    def _say_workers(self, before: int) -> None:
+        """What a change of their number leaves as it was."""
+        now, size = self.bench.world.size, self.order.contrast_batch_size
+        if now == before:
+            return
+        most = self.bench.inputs.config.train.chunk_size
+        chunks = f", in chunks of at most {most} pairs on each worker" if math.ceil(size / now) > most else ""
+        workers = "1 worker" if now == 1 else f"{now} workers"
+        logger.info(
+            "train: resumed by %s in place of %d: contrast batches of %d pairs as before%s",
+            workers,
+            before,
+            size,
+            chunks,
+        )
 
     def _validate(self, found: Checkpoint) -> None:
         """Make the checkpoint, which is the present state, a candidate for the adapter."""

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 from flipkd_dist.config import RunConfig, validate
@@ -16,6 +17,7 @@ from flipkd_dist.ray_watch import Watch, callback, ended, is_exported
 from flipkd_dist.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("flipkd_dist")
+RESIZE_INTERVAL = "FLIPKD_RESIZE_INTERVAL_S"
 
 
 def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
@@ -164,6 +166,7 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
             num_workers=distributed.max_workers if fixed else (distributed.min_workers, distributed.max_workers),
             use_gpu=gpu,
             resources_per_worker=need,
+            elastic_resize_monitor_interval_s=resize_interval_s(),
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=distributed.timeout_s),
         run_config=TrainRunConfig(
@@ -180,6 +183,22 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
         raise head_lost() or KeyboardInterrupt from None
     except Exception as error:
         raise head_lost() or _reason(config, error) from error
+
+
+def resize_interval_s() -> float:
+    """How often Ray Train looks for room for more workers of a range.
+
+    Raises:
+        UserError: FLIPKD_RESIZE_INTERVAL_S is no number of seconds.
+    """
+    value = os.environ.get(RESIZE_INTERVAL, "60")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < inf:
+        raise UserError(f"{RESIZE_INTERVAL} = {value!r}: not a number of seconds above 0: correct or unset it")
+    return seconds
 
 
 def _reason(config: RunConfig, error: Exception) -> Exception:

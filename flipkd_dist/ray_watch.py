@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from flipkd_dist.run_folder import RunFolder
 logger = logging.getLogger("flipkd_dist")
 TOLD_EVERY_S = 60.0  # that workers wait for room
 PING_S = 5.0  # for a worker to say that it lives
+SAVED_EVERY_S = 0.1  # between two looks whether a checkpoint is written
 NODE_LOST = re.compile("its node has died|node was terminated|node failed", re.IGNORECASE)
 WAITING = ("Initializing", "Scheduling", "Rescheduling", "Restarting")  # states of the controller without workers
 
@@ -87,6 +89,8 @@ class Watch:
         if state == "Preempting" != before:
             RunFolder(self.config).save.touch()
             logger.warning("%s: a node is to be taken away: a checkpoint is written before it goes", self.stages[0])
+        if state == "Resizing" != before:
+            self._save_first()
         if state not in WAITING:
             self.since = self.told = now
         elif now - self.told >= min(TOLD_EVERY_S, self.config.distributed.timeout_s):
@@ -99,6 +103,17 @@ class Watch:
                 logger.warning("%s: %s", self.stages[0], self._lack(now, free))
         if state == before and state in WAITING:
             time.sleep(1.0)  # Ray asks again at once, and would keep a core busy
+
+    def _save_first(self) -> None:
+        """Ray ends the workers in the middle of a step, to start another number of them: let them save before."""
+        folder, end = RunFolder(self.config), time.monotonic() + self.config.distributed.timeout_s
+        logger.info("%s: the Ray cluster has room for another number of workers: they start again", self.stages[0])
+        if self.stages[0] != "train":
+            return
+        folder.save.touch()
+        while folder.save.exists() and time.monotonic() < end and not is_exported(folder, self.trained):
+            time.sleep(SAVED_EVERY_S)
+        folder.save.unlink(missing_ok=True)
 
     def _announce(self, counts: bool) -> None:
         self.num_restarts += counts
@@ -173,6 +188,18 @@ def fate(error: Exception | None) -> str | None:
     return "its node was lost" if NODE_LOST.search(str(error)) else "died (killed, or out of memory?)"
 
 
+def count_nodes_anew() -> None:
+    """Ray Train counts them every 20 s, and would first wait a minute for workers on a node that is gone."""
+    import ray
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    coordinator = get_or_create_autoscaling_coordinator()
+    with suppress(ray.exceptions.RayError):  # it would have been sooner, no more
+        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=PING_S)
+
+
 def _free() -> list[dict[str, float]]:
     from ray._private.state import available_resources_per_node
 
@@ -226,6 +253,8 @@ def callback(watch: Watch) -> Any:
             )
             set_up_logging(watch.log)
             state = type(current_state).__name__.removesuffix("State")
+            if state in ("Restarting", "Rescheduling"):
+                count_nodes_anew()
             watch.updated(state, not preempted, _free)
 
     return Callback()

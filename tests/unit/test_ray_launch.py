@@ -4,7 +4,8 @@ import pytest
 
 from flipkd_dist import ray_launch
 from flipkd_dist.config import RunConfig
-from flipkd_dist.ray_launch import runs_at_once, task_options
+from flipkd_dist.errors import UserError
+from flipkd_dist.ray_launch import resize_interval_s, runs_at_once, task_options
 
 
 def test_memory_is_no_resource_of_the_users_own():
@@ -21,3 +22,14 @@ def test_a_cluster_that_can_grow_gets_as_many_runs_as_were_asked_for(monkeypatch
     monkeypatch.setattr(ray_launch, "autoscales", lambda: grows)
     monkeypatch.setattr(ray_launch, "places", lambda config: room[config.name])
     assert runs_at_once([RunConfig(name=name) for name in room], jobs) == at_once
+
+
+def test_how_often_room_for_more_workers_is_looked_for(monkeypatch):
+    monkeypatch.delenv("FLIPKD_RESIZE_INTERVAL_S", raising=False)
+    assert resize_interval_s() == 60
+    monkeypatch.setenv("FLIPKD_RESIZE_INTERVAL_S", "2.5")
+    assert resize_interval_s() == 2.5
+    for wrong in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv("FLIPKD_RESIZE_INTERVAL_S", wrong)
+        with pytest.raises(UserError, match=f"^FLIPKD_RESIZE_INTERVAL_S = '{wrong}': not a number of seconds above 0"):
+            resize_interval_s()

@@ -151,3 +151,35 @@ def test_time_counts_from_when_the_workers_were_lost(watch, clock):
     watch.updated("Running", True, free)
     watch.updated("Restarting", True, free)
     assert time.monotonic() - watch.since < 5
+
+
+def test_before_ray_changes_the_number_of_workers_they_save(watch, config, clock, monkeypatch):
+    """The controller waits for the checkpoint, as long as a collective may take, and for nothing once that is over."""
+    save = RunFolder(config).save
+    asked = []
+
+    def wait(seconds):
+        clock[0] += seconds
+        asked.append(save.exists())
+        if len(asked) == 3:
+            save.unlink()  # as rank 0 does when the checkpoint is complete
+
+    monkeypatch.setattr(ray_watch.time, "sleep", wait)
+    watch.updated("Resizing", True, free)
+    assert asked == [True] * 3
+    watch.updated("Scheduling", True, free)
+    assert not save.exists()
+    watch.updated("Running", True, free)
+
+    before = clock[0]
+    monkeypatch.setattr(ray_watch.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    watch.updated("Resizing", True, free)  # nobody answers
+    assert 100 <= clock[0] - before < 101 and not save.exists()
+    watch.updated("Running", True, free)
+
+    write_json(config.run_dir / "stages.json", {"exported": "abc"})
+    (config.run_dir / "adapter").mkdir()
+    (config.run_dir / "adapter" / "flipkd.json").touch()
+    before = clock[0]
+    watch.updated("Resizing", True, free)  # the evaluation is all that runs
+    assert clock[0] == before and not save.exists()
