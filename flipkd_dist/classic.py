@@ -99,7 +99,7 @@ def check(config: RunConfig, sft: Path) -> Lesson:
     teaching, adapter = check_inputs(absolute_paths(config)), Path(sft).expanduser().resolve() / "adapter"
     student_fingerprint(adapter)
     config, train = teaching.config, teaching.config.train
-    order, num_steps = training_order(config, teaching.splits["train"].text_a, config.distributed.max_workers)
+    order, num_steps = training_order(config, teaching.splits["train"].text_a)
     budget = {
         "loss": "cosine",
         "max_steps": num_steps,

@@ -205,9 +205,14 @@ class TrainConfig(Section):
     profile: bool = False  # PyTorch's trace of a few steps from every rank
 
     @property
+    def chunk_size(self) -> int:
+        """The most pairs of one forward, however many a worker has: with fewer workers it has more."""
+        return self.mini_batch_size or self.per_device_train_batch_size
+
+    @property
     def pairs_per_forward(self) -> int:
-        """The most on one device."""
-        return min(self.mini_batch_size or self.per_device_train_batch_size, self.per_device_train_batch_size)
+        """The most on one device when all workers run."""
+        return min(self.chunk_size, self.per_device_train_batch_size)
 
 
 class DistributedConfig(Section):
@@ -253,6 +258,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir).expanduser() / self.name
+
+    @property
+    def contrast_batch_size(self) -> int:
+        """Pairs of one micro-step over all workers, however many of them run."""
+        return self.train.per_device_train_batch_size * self.distributed.max_workers
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))

@@ -69,7 +69,11 @@ def read_policy(path: str) -> dict[str, Any]:
 
 
 def compose(policy: dict[str, Any], config: RunConfig, world_size: int, bf16: bool) -> dict[str, Any]:
-    """The policy with the run's own keys."""
+    """The policy with the run's own keys.
+
+    DeepSpeed asks for batch sizes and for their product with the workers that run, and only reports them: the run
+    divides a contrast batch by itself, among fewer workers in chunks of so many pairs.
+    """
     train = config.train
     return {
         **policy,

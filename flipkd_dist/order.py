@@ -57,17 +57,15 @@ def _side_by_side(texts: np.ndarray, group_size: int) -> np.ndarray:
     return by_text[np.lexsort((number, leader))]
 
 
-def training_order(config: RunConfig, first_texts: np.ndarray, world_size: int) -> tuple[Order, int]:
-    """The order of a run's training and its number of optimizer steps.
+def training_order(config: RunConfig, first_texts: np.ndarray) -> tuple[Order, int]:
+    """The order of a run's training and its number of optimizer steps, the same for any number of workers.
 
     Args:
         first_texts: [num_pairs], a number for each first text.
     """
-    train = config.train
-    contrast_batch = train.per_device_train_batch_size * world_size
-    order = Order(
-        len(first_texts), contrast_batch, train.gradient_accumulation_steps, config.seed, first_texts, train.group_size
-    )
+    train, size = config.train, config.contrast_batch_size
+    accumulation = train.gradient_accumulation_steps
+    order = Order(len(first_texts), size, accumulation, config.seed, first_texts, train.group_size)
     return order, train.max_steps if train.max_steps > 0 else train.num_train_epochs * order.steps_per_epoch
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from importlib.metadata import version
+from math import ceil
 
 import torch
 
@@ -64,12 +65,29 @@ class Progress:
         self.base_answers = found.manifest["base_probes"]
         self.log.resume(found.step, found.manifest["log"], unvalidated)
         logger.info("train: resumed at step %d of %d from %s", found.step, self.num_steps, found.path)
+        self._say_workers(found.manifest["world_size"])
         for name, was in found.manifest["versions"].items():
             if was != version(name):
                 logger.warning("warning: %s is %s now, the checkpoint was made with %s", name, version(name), was)
         if unvalidated:
             self._validate(found)
         return found.step
+
+    def _say_workers(self, before: int) -> None:
+        """What a change of their number leaves as it was."""
+        now, size = self.bench.world.size, self.order.contrast_batch_size
+        if now == before:
+            return
+        most = self.bench.inputs.config.train.chunk_size
+        chunks = f", in chunks of {most} on each worker" if ceil(size / now) > most else ""
+        workers = "1 worker" if now == 1 else f"{now} workers"
+        logger.info(
+            "train: resumed by %s in place of %d: contrast batches of %d pairs as before%s",
+            workers,
+            before,
+            size,
+            chunks,
+        )
 
     def save_if_due(self, step: int, stopping: bool) -> None:
         """Write a checkpoint and validate it where the settings say so and at the end; before stopping write one."""

@@ -74,7 +74,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
                 found[f"{section}.{key}".rstrip(".")] = setting
     found["data.max_length"] = config.data.max_length
     # The contrast batch is what counts, however it is divided.
-    found[CONTRAST_BATCH] = config.train.per_device_train_batch_size * config.distributed.max_workers
+    found[CONTRAST_BATCH] = config.contrast_batch_size
     return found
 
 
@@ -123,7 +123,11 @@ class RunFolder:
         changed = [key for key in now if before[key] != now[key]]
         if changed and (self.checkpoints.exists() or self.adapter.exists()):
             key = changed[0]
-            kept = "keep their product (train.mini_batch_size bounds memory), " if key == CONTRAST_BATCH else ""
+            kept = (
+                "keep their product (of [min, max] max counts; train.mini_batch_size bounds memory), "
+                if key == CONTRAST_BATCH
+                else ""
+            )
             raise UserError(
                 f"name: {self.path} holds a run with {key} = {before[key]!r}, now {now[key]!r}: "
                 f"{kept}choose another name, or remove the folder"

@@ -30,9 +30,7 @@ SHARD = 65536  # scores of files written at once
 
 def training_batches(inputs: Inputs) -> Iterator[np.ndarray]:
     """Every contrast batch of the run's training, as pair numbers."""
-    order, num_steps = training_order(
-        inputs.config, inputs.splits["train"].text_a, inputs.config.distributed.max_workers
-    )
+    order, num_steps = training_order(inputs.config, inputs.splits["train"].text_a)
     return chain.from_iterable(order.contrast_batches(number) for number in range(num_steps))
 
 

@@ -41,9 +41,9 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
     bench = build(config)
     inputs, world, engine = bench.inputs, bench.world, bench.engine
     signals = open_signals(inputs, "train")
-    step = TrainingStep(engine, world, signals, bench.make_batch, config.loss, config.train.mini_batch_size)
+    step = TrainingStep(engine, world, signals, bench.make_batch, config.loss, config.train.chunk_size)
     clock = step.clock = PhaseClock.of(world.device)
-    order, num_steps = training_order(config, signals.pairs.text_a, world.size)
+    order, num_steps = training_order(config, signals.pairs.text_a)
     learning_rate = schedule(config, num_steps)
     meter = Meter(world, clock, linear_weights(engine.student), bench.dtype, OPERATIONS[config.student.tuning])
     log = MetricLog(config, world, inputs.folder.metric_log, num_steps, mlflow_run_id, meter)

@@ -244,6 +244,7 @@ def test_least_and_most_workers_stand_in_this_order(named):
     assert load_config(named, ["teacher.num_workers=[2, 2]"]).teacher.num_workers == [2, 2]
     distributed = load_config(named, ["distributed.num_workers=[2, 4]"]).distributed
     assert (distributed.min_workers, distributed.max_workers) == (2, 4)
+    assert load_config(named, ["distributed.num_workers=[2, 4]"]).contrast_batch_size == 4 * 32
 
 
 def test_bare_yes_and_no_are_told_to_be_quoted(tmp_path):
@@ -350,7 +351,8 @@ def test_run_dir_knows_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize(("mini", "pairs"), [("null", 32), ("8", 8), ("32", 32), ("100", 32)])
 def test_pairs_of_a_forward(named, mini, pairs):
-    assert load_config(named, [f"train.mini_batch_size={mini}"]).train.pairs_per_forward == pairs
+    train = load_config(named, [f"train.mini_batch_size={mini}"]).train
+    assert train.pairs_per_forward == pairs and train.chunk_size == (32 if mini == "null" else int(mini))
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,14 @@ def test_pairs_of_one_first_text_stay_side_by_side():
     assert alone.tolist() == Order(21, 21, 1, 5).contrast_batches(0)[0].tolist()
 
 
-def test_a_runs_order_is_that_of_its_settings():
+@pytest.mark.parametrize("workers", [2, [1, 2], [2, 2]])
+def test_a_runs_order_is_that_of_its_settings(workers):
+    """With workers in a range, that of the most."""
     train = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "group_size": 4, "num_train_epochs": 2}
-    config = validate({"name": "x", "seed": 5, "train": train}, "x.yaml")
+    distributed = {"num_workers": workers}
+    config = validate({"name": "x", "seed": 5, "train": train, "distributed": distributed}, "x.yaml")
     texts = np.repeat(np.arange(6), 4)
-    order, num_steps = training_order(config, texts, world_size=2)
+    order, num_steps = training_order(config, texts)
     assert num_steps == 2 * 2 and [len(batch) for batch in order.contrast_batches(0)] == [6, 6]
     expected = Order(24, 6, 2, 5, texts, group_size=4)
     for step in range(num_steps):

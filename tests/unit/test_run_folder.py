@@ -160,12 +160,15 @@ DECISIVE = [
     {"train": {"learning_rate": 0.5}},
     {"train": {"per_device_train_batch_size": 16}},
     {"distributed": {"num_workers": 2}},
+    {"distributed": {"num_workers": [1, 2]}},
 ]
 FREE = [
     {"data": {"train": "other.jsonl"}},
     {"teacher": {"batch_size": 9, "num_workers": 9}},
     {"train": {"per_device_eval_batch_size": 9, "logging_steps": 9, "keep_checkpoints": 9}},
     {"train": {"per_device_train_batch_size": 16}, "distributed": {"num_workers": 2}},  # the same contrast batch
+    {"train": {"per_device_train_batch_size": 16}, "distributed": {"num_workers": [1, 2]}},
+    {"distributed": {"num_workers": [1, 1]}},
     {"train": {"mini_batch_size": 4}},
     {"distributed": {"timeout_s": 9, "deepspeed": "ds_configs/zero1.json"}},
     {"tracking": {"alias": "other"}},
@@ -191,6 +194,14 @@ def test_what_does_not_decide_the_adapter_may_change(folder, tmp_path, change):
     folder.open()
     folder.adapter.mkdir()
     RunFolder(configured(tmp_path, **change)).check()
+
+
+def test_a_range_of_another_contrast_batch_is_refused(folder, tmp_path):
+    folder.open()
+    folder.checkpoints.mkdir()
+    said = mistake(RunFolder(configured(tmp_path, distributed={"num_workers": [1, 3]})))
+    assert "holds a run with train.per_device_train_batch_size x distributed.num_workers = 32, now 96: " in said
+    assert "keep their product (of [min, max] max counts; train.mini_batch_size bounds memory)" in said
 
 
 def test_every_setting_either_decides_or_is_known_not_to():
