@@ -28,7 +28,7 @@ PASSED_ON = (
     "RAY_JOB_STOP_WAIT_TIME_S",
 )
 STOP_WAIT_S = 600  # `ray job stop` kills after 3 s, which is no time for a checkpoint
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|KEY)S?(_ID)?$", re.IGNORECASE)
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASS|PWD|CREDENTIAL|AUTH|KEY)S?(_ID)?$", re.IGNORECASE)
 ALWAYS_PATHS = ("teacher.store_path", "distributed.storage_path")  # no hub ids
 VERBS = ("run", "score", "teach", "train", "evaluate", "register")
 
@@ -178,8 +178,11 @@ def main(arguments: list[str], environ: Mapping[str, str], ask: Callable[..., tu
         code, line = outcome(*ask(rest[0], environ), rest[0])
     except UserError as error:
         code, line = 2, f"flipkd: {error}"
-    except (OSError, RuntimeError):  # no job server, or no such job
-        code, line = 1, f"flipkd: job {rest[0]} is not known at RAY_ADDRESS: see above why, and check the address"
+    except Exception as error:  # no job server, no token for it, or no such job
+        code, line = (
+            1,
+            f"flipkd: job {rest[0]}: RAY_ADDRESS does not tell of it ({type(error).__name__}): see above why",
+        )
     print(line, end="\n" if line else "", file=sys.stderr)
     return code
 

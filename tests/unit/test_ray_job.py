@@ -140,4 +140,5 @@ def test_a_job_that_never_was(capsys):
         raise RuntimeError("Request failed with status code 404: Job j does not exist")
 
     assert ray_job.main(["outcome", "j"], CLUSTER, ask) == 1
-    assert capsys.readouterr().err.startswith("flipkd: job j is not known at RAY_ADDRESS")
+    said = capsys.readouterr().err
+    assert said == "flipkd: job j: RAY_ADDRESS does not tell of it (RuntimeError): see above why\n"
