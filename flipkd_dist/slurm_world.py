@@ -22,8 +22,6 @@ def slurm_world(environ: Mapping[str, str]) -> dict[str, str]:
         value = next((environ[one] for one in slurm if one in environ), None)
         if name not in environ and value is not None:
             found[name] = value
-    if "WORLD_SIZE" not in found:  # another launcher's process inside a Slurm job
-        return found
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
     if "MASTER_ADDR" not in environ and hosts:
         found["MASTER_ADDR"] = first_host(hosts)

@@ -102,7 +102,7 @@ def test_named_variables_go_along_and_secrets_never(here):
         "SITE": "a b",
         "RAY_JOB_STOP_WAIT_TIME_S": "600",  # Ray's own 3 s are no time for a checkpoint
     }
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "OPENAI_API_KEY"):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "OPENAI_API_KEY", "DB_PASS"):
         said = refusal(PASS_ENV=name, **{name: "hf_x"})
         assert said.startswith(f"PASS_ENV: {name} looks like a secret") and "hf_x" not in said
     said = refusal(MLFLOW_TRACKING_URI="https://me:pa55@mlflow")
