@@ -45,7 +45,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**ours, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **changes}
 
 
-def opened(command: Sequence[object], timeout_s: float = 300, **changes: str) -> subprocess.CompletedProcess:
+def opened(command: Sequence[object], timeout_s: float = 500, **changes: str) -> subprocess.CompletedProcess:
     """A command that has to end well."""
     begun = time.monotonic()
     done = subprocess.run(
