@@ -97,7 +97,7 @@ def ray_head(num_cpus: int = 2) -> Iterator[tuple[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_jobs(address: str, head: subprocess.Popen, timeout_s: float = 120) -> None:
+def _wait_for_jobs(address: str, head: subprocess.Popen, timeout_s: float = 200) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         assert head.poll() is None and time.monotonic() < deadline, "the Ray head has not started"

@@ -43,7 +43,7 @@ def test_ray_job(config, cluster, reference):
         text=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 250
         while not (folder / "config.yaml").exists():
             assert stopped.poll() is None and time.monotonic() < deadline, stopped.communicate()[1][-3000:]
             time.sleep(0.1)
