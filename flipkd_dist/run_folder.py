@@ -41,6 +41,7 @@ NOT_DECISIVE = {
 
 
 CHECKPOINT_FORMAT = 1
+JOB_COPY = {"runtime_resources", "working_dir_files"}  # folders in which Ray keeps the working directory of a job
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -99,6 +100,11 @@ class RunFolder:
         Raises:
             UserError
         """
+        if set(self.path.resolve().parts) >= JOB_COPY:
+            raise UserError(
+                f"output_dir: {self.config.output_dir} lies in the Ray job's copy of its working directory, which is "
+                "removed afterwards: give an absolute path on storage that every node shares"
+            )
         existing = self.path
         while not existing.exists():
             existing = existing.parent

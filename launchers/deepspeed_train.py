@@ -1,18 +1,20 @@
 """`deepspeed --num_gpus N launchers/deepspeed_train.py CONFIG [key=value ...]`; also under torchrun, and under srun.
 
-`distributed.num_workers` must be the number of processes; under srun export MASTER_ADDR and MASTER_PORT. Every process
-runs this file and ends in the same `train` as `flipkd train`. The teacher's store has to be there:
-`flipkd score CONFIG` fills it.
+`distributed.num_workers` must be the number of processes. Every process runs this file and ends in the same `train` as
+`flipkd train`. The teacher's store has to be there: `flipkd score CONFIG` fills it. With DRY_RUN=1 rank 0 prints its
+command, and nothing is trained. See docs/launchers.md.
 """
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 
 from flipkd_dist.config import load_config
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import StoppedAtOnce, UserError
+from flipkd_dist.slurm_world import slurm_world
 from flipkd_dist.stop import handling, stop_at_once
 
 
@@ -24,9 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    for name, slurm in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_NTASKS")):
-        if name not in os.environ and slurm in os.environ:
-            os.environ[name] = os.environ[slurm]
+    os.environ.update(slurm_world(os.environ))
     set_up_logging()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -36,7 +36,8 @@ def main() -> None:
         sys.exit(2)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("DRY_RUN"):
-        print(f"train {config.run_dir} on {size} processes")
+        if rank == 0:
+            print(f"on {size} processes:", shlex.join([sys.executable, *sys.argv]))
         return
     try:
         with handling(stop_at_once):

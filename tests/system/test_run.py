@@ -115,32 +115,6 @@ def test_predict_gives_the_probabilities_of_evaluate(run, tmp_path, model):
     assert np.std(found) > 1e-4  # not one answer for all
 
 
-def test_torchrun_gives_the_adapter_of_ray(run):
-    """The same configuration and number of workers through another door."""
-    folder, config, _ = run
-    name = ["name=torchrun"]
-    scored = call("score", config, *name)
-    assert scored.returncode == 0, scored.stderr[-3000:]
-    launcher = Path(__file__).parents[2] / "launchers" / "deepspeed_train.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        launcher,
-        config,
-        *name,
-    ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    weights = [
-        load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, folder.parent / "torchrun")
-    ]
-    for key, value in weights[0].items():
-        np.testing.assert_allclose(weights[1][key].numpy(), value.numpy(), atol=1e-6)
-
-
 def test_a_second_run_skips_every_stage(run):
     folder, config, _ = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "adapter").rglob("*")}

@@ -12,7 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "flipkd_dist"
 OWNERS = {
-    "ray": {"ray_launch.py", "ray_pool.py", "ray_storage.py", "ray_process.py", "ray_head.py", "ray_watch.py"},
+    "ray": {
+        "ray_launch.py",
+        "ray_pool.py",
+        "ray_storage.py",
+        "ray_process.py",
+        "ray_head.py",
+        "ray_watch.py",
+        "ray_job.py",
+    },
     "deepspeed": {"engine.py"},
     "mlflow": {"tracking.py", "pyfunc_model.py"},
     "bitsandbytes": {"fourbit.py"},

@@ -1,0 +1,73 @@
+"""DRY_RUN=1 of every launcher: the command, with its quotes, and nothing started or written."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
+OVERRIDE = "student.prompt=are they the same ? {text_a} | {text_b}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working directory with a configuration, and stand-ins that tell if a program was started."""
+    (tmp_path / "my pairs.jsonl").write_text("{}")
+    (tmp_path / "bank.yaml").write_text("name: bank\noutput_dir: /shared/runs\ndata: {train: my pairs.jsonl}\n")
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    for program in ("ray", "deepspeed", "torchrun", "srun", "sbatch"):
+        (stand_ins / program).write_text(f"#!/bin/sh\necho {program} >> {tmp_path / 'started'}\n")
+        (stand_ins / program).chmod(0o755)
+    return tmp_path
+
+
+def dry_run(folder: Path, *command: object, **environ: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "DRY_RUN": "1", "PYTHONPATH": str(LAUNCHERS.parent)} | environ
+    done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
+    assert not (folder / "started").exists()
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_ray_submit_prints_its_command(folder):
+    before = sorted(folder.rglob("*"))
+    secret = {"RAY_ADDRESS": "http://head:8265", "HF_TOKEN": "hf_x", "MLFLOW_TRACKING_PASSWORD": "word"}
+    done = dry_run(folder, LAUNCHERS / "ray_submit.sh", "bank.yaml", OVERRIDE, VERB="train", JOB_ID="j 1", **secret)
+    assert done.returncode == 0, done.stderr
+    said = shlex.split(done.stdout)
+    assert said[:5] == ["ray", "job", "submit", "--submission-id", "j 1"]
+    assert said[said.index("--working-dir") + 1] == "."
+    assert said[said.index("--") + 1 :] == ["python", "-m", "flipkd_dist", "train", "bank.yaml", OVERRIDE]
+    assert "hf_x" not in done.stdout and "word" not in done.stdout.replace("word_", "")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_mistake_is_one_line_before_anything_is_sent(folder):
+    done = dry_run(folder, LAUNCHERS / "ray_submit.sh", "bank.yaml", "output_dir=runs", RAY_ADDRESS="http://head:8265")
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("flipkd: output_dir: runs would lie in the job's copy")
+
+
+def test_deepspeed_train_prints_its_command_once(folder):
+    script = LAUNCHERS / "deepspeed_train.py"
+    first, second = (
+        dry_run(folder, sys.executable, script, "--local_rank=0", "bank.yaml", OVERRIDE, RANK=rank, WORLD_SIZE="2")
+        for rank in "01"
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    world, _, command = first.stdout.partition(": ")
+    assert world == "on 2 processes"
+    assert shlex.split(command) == [sys.executable, str(script), "--local_rank=0", "bank.yaml", OVERRIDE]
+    assert second.stdout == ""
