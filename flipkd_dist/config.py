@@ -1,6 +1,7 @@
 """The run's configuration: typed, read from YAML with dotted overrides, every mistake one line."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Sequence
 from math import pi
@@ -255,7 +256,18 @@ class RunConfig(Section):
         return Path(self.output_dir).expanduser() / self.name
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return OmegaConf.to_yaml(OmegaConf.create(self.shown()))
+
+    def shown(self) -> dict[str, Any]:
+        """All settings, without the name and password that a server's address may hold."""
+        values = self.model_dump(mode="json")
+        values["tracking"]["mlflow_tracking_uri"] = without_credentials(self.tracking.mlflow_tracking_uri)
+        return values
+
+
+def without_credentials(text: str | None) -> str | None:
+    """A text, such as an error, whose addresses have lost `user:password@`."""
+    return text and re.sub(r"://[^/\s'\"]*@", "://", text)
 
 
 def _known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
