@@ -182,7 +182,7 @@ class Pipeline:
         _say("register", start)
 
     def _measured(self) -> dict[str, str]:
-        """Tags that say how the adapter did on the test pairs, and on which; none where it was not evaluated on them."""
+        """Tags that say how the adapter did on which test pairs; none where it was not evaluated on them."""
         if "test" not in self.inputs.splits or not self.folder.done("evaluate", self.evaluated):
             return {}
         return measured_tags(read_json(self.folder.metrics), digest(pairs_content(self.inputs.splits["test"])))

@@ -183,24 +183,25 @@ class ServerPost:
             return fault(error) == "run"
 
     def send(self, run: str, kind: str, items: list[Any]) -> None:
+        mlflow_client = self.client
         from mlflow.entities import Metric, Param
 
         if kind == "metrics":
             for start in range(0, len(items), POINTS_AT_ONCE):
                 points = [Metric(*point) for point in items[start : start + POINTS_AT_ONCE]]
-                self.client.log_batch(run, metrics=points, synchronous=True)
+                mlflow_client.log_batch(run, metrics=points, synchronous=True)
             return
         [message] = items
         if kind == "params":
             parameters = [Param(*pair) for pair in message["params"].items()]
             for start in range(0, len(parameters), MOST_PARAMETERS):
-                self.client.log_batch(run, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
+                mlflow_client.log_batch(run, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
         elif kind == "artifact":
-            self.client.log_artifact(run, message["artifact"])
+            mlflow_client.log_artifact(run, message["artifact"])
         elif message["status"] == "RUNNING":
-            self.client.update_run(run, status="RUNNING")
+            mlflow_client.update_run(run, status="RUNNING")
         else:
-            self.client.set_terminated(run, message["status"], end_time=message["time"])
+            mlflow_client.set_terminated(run, message["status"], end_time=message["time"])
 
 
 def log_pyfunc(
