@@ -234,7 +234,7 @@ class TrackingConfig(Section):
     mlflow_tracking_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the run folder
     experiment: str = "flipkd"
     registered_model: str | None = None  # null: the run's name
-    alias: str = "champion"
+    alias: Annotated[str, Field(pattern=r"^[\w-]+$")] = "champion"  # what the registry takes
     parent_run_id: str | None = None  # the MLflow run under which this one is nested
 
 

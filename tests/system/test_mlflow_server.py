@@ -15,12 +15,12 @@ from mlflow_server import mlflow_server
 from test_run import tiny_config
 from tiny import fill_store
 
-from flipkd_dist.config import load_config
+from flipkd_dist.config import RunConfig, load_config
 from flipkd_dist.evaluation import evaluate
 from flipkd_dist.pipeline import Pipeline
 from flipkd_dist.predict import Matcher
-from flipkd_dist.run_folder import read_json
-from flipkd_dist.run_logger import RUN_FILE, send_waiting
+from flipkd_dist.run_folder import RunFolder, read_json
+from flipkd_dist.run_logger import RUN_FILE, RunLogger, send_waiting, training_run
 from flipkd_dist.spool import Spool
 from flipkd_dist.tracking import client
 
@@ -225,3 +225,55 @@ def call_server(server, *arguments) -> subprocess.CompletedProcess:
     process = start("-m", "flipkd_dist", *arguments, MLFLOW_TRACKING_URI=server.uri)
     out, said = process.communicate(timeout=300)
     return subprocess.CompletedProcess(arguments, process.returncode, out, said)
+
+
+@pytest.mark.soak
+def test_a_minute_without_the_server(server, mlflow, tmp_path, monkeypatch, capfd):
+    config = RunConfig.model_validate(
+        {"name": "minute", "output_dir": str(tmp_path), "tracking": {"experiment": "minute"}}
+    )
+    RunFolder(config).open()
+    logger = RunLogger(config, training_run(config, "t"))
+    logger.begin_sending()
+    slowest, start, step = 0.0, time.monotonic(), 0
+    server.kill()
+    while time.monotonic() - start < 60:
+        began = time.monotonic()
+        logger.metrics({"loss": step / 7}, step)
+        slowest, step = max(slowest, time.monotonic() - began), step + 1
+        time.sleep(0.02)
+    server.start()
+    back = time.monotonic()
+    assert send_waiting(config, patience_s=30)
+    print(
+        f"{step} points in a minute without the server, the slowest took {slowest * 1000:.1f} ms; all there "
+        f"{time.monotonic() - back:.1f} s after it was back"
+    )
+    assert history(mlflow, logger.run_id, "loss") == list(range(step))
+
+
+@pytest.mark.soak
+def test_kills_while_sending_lose_and_repeat_nothing(server, mlflow, tmp_path):
+    """Ten times SIGKILL of a process that logs and sends, each going on a little behind the last."""
+    (tmp_path / "b.ready").touch()  # it waits for nobody
+    for attempt in range(10):
+        (tmp_path / "kills").mkdir(exist_ok=True)
+        writer = start("-c", WRITER.replace("parents=True", "exist_ok=True"), "kills", tmp_path, server.uri, "100000")
+        spool, begin = Spool(tmp_path / "kills"), time.monotonic()
+        try:
+            before = spool.sent
+            while spool.sent <= before:
+                assert writer.poll() is None and time.monotonic() - begin < 120, writer.communicate()
+                time.sleep(0.001)
+            time.sleep(0.01 * attempt)
+        finally:
+            writer.kill()
+            writer.wait()
+    config = RunConfig.model_validate(
+        {"name": "kills", "output_dir": str(tmp_path), "tracking": {"mlflow_tracking_uri": server.uri}}
+    )
+    assert send_waiting(config)
+    run_id = read_json(config.run_dir / RUN_FILE)["run_id"]
+    logged = [message["step"] for message, _ in spool.messages() if message and "step" in message]
+    assert len(logged) == len(set(logged)) and history(mlflow, run_id, "loss") == sorted(logged)
+    print(f"{len(logged)} points of 10 processes that were killed: each once")
