@@ -63,7 +63,7 @@ def send_waiting(config: RunConfig, patience_s: float = PATIENCE_S) -> bool:
         logger.warning(
             "warning: mlflow: %d points and messages wait in %s: %s does not take them (%s); they are sent by the next "
             "`flipkd run`, `train`, `evaluate` or `register` of this run",
-            left, sender.spool.path, sender.to, sender.trouble or "no answer yet",
+            left, sender.spool.path, sender.to, sender.trouble or "it is slow",
         )  # fmt: skip
     return not left
 
