@@ -39,7 +39,8 @@ def test_half_a_line_is_neither_read_nor_joined_with_the_next(spool):
     put_steps(spool, [1])
     with spool.path.open("ab") as file:
         file.write(b'{"time": 1, "to": "http://a", "ru')
-    assert steps(spool) == [1]
+    [(_, end)] = spool.messages()  # whoever writes it may go on
+    assert steps(spool) == [1] and spool.next_batch(end) is None
     put_steps(spool, [2])
     assert steps(spool) == [1, 2]
     batches, start = [], 0
