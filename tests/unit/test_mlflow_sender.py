@@ -79,12 +79,12 @@ def test_all_kinds_go_in_order_and_once(spool, server):
 
 
 def test_who_logs_does_not_wait_for_a_slow_server(spool, server):
-    server.delay_s = 0.3
+    server.delay_s = 0.5
     sender, start = Sender(spool, server, HERE), time.monotonic()
     for number in range(100):
         log(spool, number)
         sender.wake()
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 10  # not 50
     assert sender.settle(20) == 0 and server.steps == list(range(100)) and server.tries < 20
 
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_sent_is_counted_in_bounded_time_and_goes_with_the_next_p
     for number in range(12):
         log(spool, number)
     sender, start = Sender(spool, server, HERE), time.monotonic()
-    assert sender.settle(0.3) == 12 and time.monotonic() - start < 5
+    assert sender.settle(0.3) == 12 and time.monotonic() - start < 20
     assert "secret" not in sender.trouble and "refused" in sender.trouble and not caplog.messages  # the caller says it
     other = Server()
     assert Sender(Spool(spool.folder), other, HERE).settle(20) == 0
@@ -115,11 +115,11 @@ def test_what_cannot_be_sent_is_counted_in_bounded_time_and_goes_with_the_next_p
 
 
 def test_patience_is_without_progress(spool, server):
-    server.delay_s = 0.15
+    server.delay_s = 0.25
     for number in range(6):
         log(spool, number)
         spool.put(to=HERE, run="r", status="RUNNING")
-    assert Sender(spool, server, HERE).settle(1.0) == 0  # 12 requests of 0.15 s
+    assert Sender(spool, server, HERE).settle(2.0) == 0  # 12 requests of 0.25 s
 
 
 def test_a_bad_value_is_put_aside_and_holds_nothing_up(spool, server, caplog):
@@ -146,7 +146,7 @@ def test_an_unclear_error_is_tried_again_before_it_counts_as_a_refusal(spool, se
     server.bad, server.bad_fault = {"bad"}, fault
     log(spool, 1, "bad")
     log(spool, 2)
-    left = Sender(spool, server, HERE).settle(0.5)
+    left = Sender(spool, server, HERE).settle(10 if settles else 1)
     assert (left == 0) == settles and server.steps == ([2] if settles else []) and server.tries >= 3
 
 
