@@ -28,12 +28,12 @@ from flipkd_dist.pipeline import absolute_paths, told
 from flipkd_dist.planner_devices import GIB
 from flipkd_dist.preflight import pairs_content
 from flipkd_dist.run_folder import RunFolder, digest, write_json
+from flipkd_dist.run_logger import RunLogger, training_run
 from flipkd_dist.soft_labels import soft_labels, student_fingerprint
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import MANIFEST
 from flipkd_dist.teach import Teaching, check_inputs, metrics_of, similarities, source_of
 from flipkd_dist.teach_trainer import fine_tune, num_tokens
-from flipkd_dist.tracking import RunLogger, tracking_uri, training_run
 from flipkd_dist.world import World
 
 logger = logging.getLogger("flipkd_dist")
@@ -83,7 +83,7 @@ class Lesson:
 
     def tracker(self) -> RunLogger:
         config = self.teaching.config
-        return RunLogger(tracking_uri(config), training_run(config, self.trained))
+        return RunLogger(config, training_run(config, self.trained))
 
 
 def check(config: RunConfig, sft: Path) -> Lesson:
@@ -195,4 +195,5 @@ def _evaluate(lesson: Lesson) -> None:
         values |= {f"{split}.encoder.{key}": value for key, value in rows["encoder"].items() if value is not None}
     tracker.metrics(values, step)
     tracker.artifact(folder.metrics)
+    tracker.settle()
     print(format_table(measured))

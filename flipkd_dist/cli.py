@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from flipkd_dist import ray_head
-from flipkd_dist.config import load_config
+from flipkd_dist.config import load_config, without_credentials
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.durable import storage_line, storage_reason
 from flipkd_dist.errors import HeadLost, StoppedAtOnce, StoppedOnRequest, UserError, WorkerFailed
@@ -93,9 +93,26 @@ def evaluate(config: Path, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @configured
-def register(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--alias", help="The alias that will mean it. Default: tracking.alias.")
+def register(config: Path, overrides: tuple[str, ...], alias: str | None) -> None:
     """Add the run's adapter to the MLflow registry, load it back, compare, and move the alias to it."""
+    if alias is not None:
+        overrides = (*overrides, f"tracking.alias='{alias}'")
     _pipeline(config, overrides, needs_adapter=True).register()
+
+
+@cli.command()
+@configured
+@click.option("--from", "source", default="challenger", show_default=True, help="The alias of the version to promote.")
+@click.option("--to", "target", default="champion", show_default=True, help="The alias that will mean it.")
+@click.option("--force", is_flag=True, help="Promote a version that is worse, or cannot be compared.")
+def promote(config: Path, overrides: tuple[str, ...], source: str, target: str, force: bool) -> None:
+    """Move an alias to a version that is not worse on the same test pairs; --from previous goes back."""
+    loaded = load_config(config, overrides)
+    from flipkd_dist import promotion
+
+    for line in promotion.promote(loaded, source, target, force):
+        click.echo(line)
 
 
 @cli.command()
@@ -630,7 +647,7 @@ def main() -> None:
             raise
         if (refused := storage_reason(error)) is not None:
             sys.exit(_fail(storage_line(error, refused), 75))
-        reason = " ".join(str(error).split())
+        reason = without_credentials(" ".join(str(error).split()))
         sys.exit(_fail(f"{type(error).__name__}: {reason} (FLIPKD_DEBUG=1 shows where)", 1))
 
 

@@ -16,10 +16,11 @@ from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.pipeline import absolute_paths
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, runs_at_once
 from flipkd_dist.run_folder import RunFolder, read_json, write_json
+from flipkd_dist.run_logger import RunLogger, known_run, training_run
 from flipkd_dist.score_stage import fill_stores
 from flipkd_dist.statistics import compare_rows, table
 from flipkd_dist.teacher_stage import is_scored
-from flipkd_dist.tracking import RUN_FILE, RunLogger, start_run, tracking_uri
+from flipkd_dist.tracking import tracking_uri
 
 logger = logging.getLogger("flipkd_dist")
 
@@ -92,7 +93,7 @@ class Table:
         Raises:
             StoppedOnRequest
         """
-        tracker = RunLogger(tracking_uri(self.config), self._parent_run())
+        tracker = RunLogger(self.config, training_run(self.config, None))
         tracker.reopen()
         for run in self.runs:
             run.nest(tracker.run_id)
@@ -107,15 +108,6 @@ class Table:
             tracker.finish("KILLED" if stopped else "FAILED")
             raise
         tracker.finish("FAILED" if any(run.status == "failed" for run in self.runs) else "FINISHED")
-
-    def _parent_run(self) -> str:
-        """The MLflow run of the comparison; one that was begun goes on."""
-        path, uri = self.folder.path / RUN_FILE, tracking_uri(self.config)
-        known = read_json(path) or {}
-        if known.get("uri") != uri:
-            known = {"run_id": start_run(self.config), "uri": uri}
-            write_json(path, known)
-        return known["run_id"]
 
     def open(self) -> None:
         self.folder.open()
@@ -146,7 +138,7 @@ class Table:
         comparison_report.write(folder, comparison, results, self._flip())
         print(table(results))
         print(f"\ncomparison folder: {folder}\nreport:            {folder / 'report.html'}")
-        tracker = RunLogger(tracking_uri(self.config), (read_json(folder / RUN_FILE) or {}).get("run_id"))
+        tracker = RunLogger(self.config, known_run(self.config))
         tracker.metrics(
             {
                 f"{row.split}.{row.name}.{row.reading}.{name}": metric.mean
@@ -158,6 +150,7 @@ class Table:
         )
         for name in (INDEX, "report.html", "report.md"):
             tracker.artifact(folder / name)
+        tracker.settle()
 
     def _flip(self) -> RunConfig:
         return next((run.config for run in self.runs if run.row.name == "flip"), self.shared)

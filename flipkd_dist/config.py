@@ -1,6 +1,7 @@
 """The run's configuration: typed, read from YAML with dotted overrides, every mistake one line."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Sequence
 from math import pi
@@ -247,7 +248,7 @@ class TrackingConfig(Section):
     mlflow_tracking_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the run folder
     experiment: str = "flipkd"
     registered_model: str | None = None  # null: the run's name
-    alias: str = "champion"
+    alias: Annotated[str, Field(pattern=r"^[\w-]+$")] = "champion"  # what the registry takes
     parent_run_id: str | None = None  # the MLflow run under which this one is nested
 
 
@@ -274,7 +275,18 @@ class RunConfig(Section):
         return self.train.per_device_train_batch_size * self.distributed.max_workers
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return OmegaConf.to_yaml(OmegaConf.create(self.shown()))
+
+    def shown(self) -> dict[str, Any]:
+        """All settings, without the name and password that a server's address may hold."""
+        values = self.model_dump(mode="json")
+        values["tracking"]["mlflow_tracking_uri"] = without_credentials(self.tracking.mlflow_tracking_uri)
+        return values
+
+
+def without_credentials(text: str | None) -> str | None:
+    """A text, such as an error, whose addresses have lost `user:password@`."""
+    return text and re.sub(r"://[^/\s'\"]*@", "://", text)
 
 
 def _known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -72,7 +72,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _locked(file: BinaryIO, wait: bool) -> bool:
+def locked(file: BinaryIO, wait: bool) -> bool:
     """Take the lock of a file that is open for writing, as NFS wants it; False on a file system without locks.
 
     Raises:
@@ -99,7 +99,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
-                _locked(file, wait=False)
+                locked(file, wait=False)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -115,7 +115,7 @@ def sweep(drafts: Iterable[Path]) -> None:
     for draft in drafts:
         with suppress(BlockingIOError, FileNotFoundError):  # being written; finished meanwhile
             with draft.open("r+b") as file:
-                if _locked(file, wait=False):
+                if locked(file, wait=False):
                     draft.unlink()
 
 
@@ -133,7 +133,7 @@ def one_at_a_time(folder: Path, refusal: str | None = None) -> Iterator[None]:
         file = (folder / ".lock").open("ab")
     with file:
         try:
-            _locked(file, wait=refusal is None)
+            locked(file, wait=refusal is None)
         except BlockingIOError:
             raise UserError(refusal) from None
         yield

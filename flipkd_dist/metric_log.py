@@ -14,8 +14,8 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.meter import Meter
 from flipkd_dist.order import Order
 from flipkd_dist.run_folder import write_whole
+from flipkd_dist.run_logger import RunLogger
 from flipkd_dist.step import LOSSES, SUMS, summarise
-from flipkd_dist.tracking import RunLogger, tracking_uri
 from flipkd_dist.verify import unmoved_layers
 from flipkd_dist.world import World
 
@@ -31,7 +31,7 @@ class MetricLog:
         """`path` is that of metrics.jsonl; rank 0 alone writes."""
         self.config, self.world, self.path, self.num_steps = config, world, path, num_steps
         self.meter = meter
-        self.tracker = RunLogger(tracking_uri(config), mlflow_run_id if world.is_main else None)
+        self.tracker = RunLogger(config, mlflow_run_id if world.is_main else None)
         self.start = time.monotonic()
         self.unwritten: list[str] = []  # lines that a full disk has refused
         self.first = 0  # optimizer steps done before this process
@@ -40,9 +40,9 @@ class MetricLog:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
     def begin(self) -> None:
-        """A training from its first step; points that an earlier attempt sent to MLflow are not sent again."""
+        """A training from its first step; points that an earlier attempt logged to MLflow are not logged again."""
         self._keep_lines(0)
-        self.tracker.pass_over_known()
+        self.tracker.begin_sending()
 
     def resume(self, step: int, state: dict[str, list[float]], unvalidated: bool) -> None:
         """Go on after `step`: lines beyond it are dropped, so that each step stands once.
@@ -51,7 +51,7 @@ class MetricLog:
             unvalidated: the validation of `step` is done again.
         """
         self._keep_lines(step, unvalidated)
-        self.tracker.pass_over_known()
+        self.tracker.begin_sending()
         self.first = step
         self.counts = torch.tensor(state["counts"], dtype=torch.float64)
         if self.world.is_main:  # they are summed over ranks already

@@ -8,23 +8,25 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from flipkd_dist.beir_folder import is_beir_folder
-from flipkd_dist.config import RunConfig
+from flipkd_dist.config import RunConfig, without_credentials
 from flipkd_dist.engine import join_world
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import format_table, pair_texts, tables_by_split
 from flipkd_dist.pair_stream import PairStream
-from flipkd_dist.preflight import Inputs, check_inputs
+from flipkd_dist.preflight import Inputs, check_inputs, pairs_content
+from flipkd_dist.promotion import measured_tags
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
-from flipkd_dist.registry import register
+from flipkd_dist.registry import note_version, register, set_again
 from flipkd_dist.rendezvous import master
 from flipkd_dist.run_folder import RunFolder, digest, read_json
+from flipkd_dist.run_logger import RunLogger, known_run, send_waiting, training_run
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import score_streams, score_tables
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.teacher_stage import is_scored
-from flipkd_dist.tracking import RUN_FILE, RunLogger, tracking_uri, training_run
+from flipkd_dist.tracking import check_run, server_errors, shown_uri
 from flipkd_dist.train import on_main, train
 from flipkd_dist.workbench import use_gpu_here
 
@@ -46,6 +48,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
     values = config.model_dump()
     values["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
+    if config.tracking.mlflow_tracking_uri is None:  # workers may not have the variable
+        values["tracking"]["mlflow_tracking_uri"] = without_credentials(os.environ.get("MLFLOW_TRACKING_URI"))
     if config.teacher.store_path:
         values["teacher"]["store_path"] = str(Path(config.teacher.store_path).expanduser().resolve())
     for section, keys in (
@@ -101,10 +105,11 @@ class Pipeline:
         elif then_evaluate and (stages or not self.complete("evaluate", self.evaluated)):
             stages.append("evaluate")
         if not stages:
+            send_waiting(self.config)
             return
         check_reached(self.folder.teacher)
         run_id = self.mlflow_run() if "train" in stages else None
-        tracker = RunLogger(tracking_uri(self.config), run_id)
+        tracker = RunLogger(self.config, run_id)
         tracker.reopen()
         with told(tracker), self._stopping() as stop:
             run_workers(self.config, stages, run_id, self.trained)
@@ -133,6 +138,8 @@ class Pipeline:
             run_workers(self.config, ["evaluate"], None)
             self._report_evaluation()
             _say("evaluate", start)
+        else:
+            send_waiting(self.config)
         print(self.table())
 
     def untrained(self) -> None:
@@ -155,27 +162,39 @@ class Pipeline:
 
     def register(self) -> None:
         self.folder.require_adapter()
-        tracking = self.config.tracking
-        inputs = digest(self.trained, tracking_uri(self.config), tracking.registered_model, tracking.alias)
+        send_waiting(self.config)
+        tracking, tags = self.config.tracking, self._measured()
+        version = digest(self.trained, shown_uri(self.config), tracking.registered_model)
+        inputs = digest(version, tracking.alias, tags)
         if self.complete("register", inputs):
             return
         start = time.monotonic()
         pairs = self.inputs.splits.get("validation") or self.inputs.splits["train"]
-        run_id = (read_json(self.folder.path / RUN_FILE) or {}).get("run_id")
+        run_id = known_run(self.config)
         if run_id is None:
             raise UserError(
                 f"{self.folder.path}: mlflow.json is missing: run `flipkd train` with this configuration first"
             )
-        register(self.config, run_id, self.folder.adapter, pair_texts(pairs)[:NUM_EXAMPLES])
+        with server_errors(self.config):
+            check_run(self.config, run_id)
+            if not set_again(self.config, version, tags):
+                example = pair_texts(pairs)[:NUM_EXAMPLES]
+                note_version(self.config, version, register(self.config, run_id, self.folder.adapter, example, tags)[1])
         self.folder.mark_done("register", inputs)
         _say("register", start)
+
+    def _measured(self) -> dict[str, str]:
+        """Tags that say how the adapter did on which test pairs; none where it was not evaluated on them."""
+        if "test" not in self.inputs.splits or not self.folder.done("evaluate", self.evaluated):
+            return {}
+        return measured_tags(read_json(self.folder.metrics), digest(pairs_content(self.inputs.splits["test"])))
 
     def run(self) -> None:
         self.score()
         self.train(then_evaluate=True)
         self.register()
         print(self.table())
-        print(f"\nrun folder: {self.folder.path}\nMLflow:     {tracking_uri(self.config)}")
+        print(f"\nrun folder: {self.folder.path}\nMLflow:     {shown_uri(self.config)}")
 
     def mlflow_run(self) -> str:
         """The MLflow run of this training; a training that was interrupted goes on in its own."""
@@ -183,8 +202,8 @@ class Pipeline:
 
     def _report_evaluation(self, stage: str = "evaluate") -> None:
         self.folder.mark_done(stage, self.evaluated)
-        run_id = (read_json(self.folder.path / RUN_FILE) or {}).get("run_id")
-        tracker = RunLogger(tracking_uri(self.config), run_id)
+        run_id = known_run(self.config)
+        tracker = RunLogger(self.config, run_id)
         metrics = read_json(self.folder.metrics)
         means = {key: value for key, value in metrics.get("test_checkpoints", {}).items() if key != "steps"}
         tables = tables_by_split(metrics) | {f"mean_{split}": table for split, table in means.items()}
@@ -199,6 +218,7 @@ class Pipeline:
             metrics["step"],
         )
         tracker.artifact(self.folder.metrics)
+        tracker.settle()
 
     def table(self) -> str:
         """The metrics as text: test where there are test pairs, else validation."""
@@ -287,7 +307,7 @@ def train_here(config: RunConfig) -> None:
 
     on_main(world, begin)  # a slow server must not look like a rank that does not come
     [run_id] = run_ids or [None]
-    tracker = RunLogger(tracking_uri(pipeline.config), run_id)
+    tracker = RunLogger(pipeline.config, run_id)
     tracker.reopen()
     try:
         with told(tracker):

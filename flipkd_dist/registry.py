@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from flipkd_dist.adapter import AdapterCard
-from flipkd_dist.config import RunConfig, TeacherConfig
+from flipkd_dist.config import RunConfig, TeacherConfig, without_credentials
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import format_table, tables_by_split
 from flipkd_dist.predict import Matcher
-from flipkd_dist.run_folder import read_json, write_whole
-from flipkd_dist.tracking import download_model, load_registered, log_pyfunc, point_alias
+from flipkd_dist.run_folder import read_json, write_json, write_whole
+from flipkd_dist.run_logger import RUN_FILE
+from flipkd_dist.tracking import download_model, has_version, load_registered, log_pyfunc, point_alias
 
 logger = logging.getLogger("flipkd_dist")
 TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
@@ -73,11 +74,14 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
     )
 
 
-def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[str, str]]) -> tuple[str, str]:
+def register(
+    config: RunConfig, run_id: str, adapter: Path, example: list[tuple[str, str]], tags: dict[str, str] | None = None
+) -> tuple[str, str]:
     """Log and register the adapter, load the registered version back, compare, and only then move the alias.
 
     Args:
         example: a few pairs, kept as the input example and compared.
+        tags: of the version.
     Returns:
         Name and version of the registered model.
     Raises:
@@ -86,7 +90,7 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     card = AdapterCard.read(adapter)
     text = model_card(config, card, read_json(config.run_dir / "metrics.json"))
     write_whole(adapter / "README.md", text)
-    name = config.tracking.registered_model or config.name
+    name = model_name(config)
     expected, similarity = Matcher(adapter).predict(example)
     code = Path(__file__).with_name("pyfunc_model.py")
     outputs = {"p_match": expected, "similarity": similarity, "match": expected >= card.threshold}
@@ -101,7 +105,7 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     worst = float(np.max(np.abs(found - expected)))
     if not worst <= TOLERANCE:
         raise RuntimeError(f"version {version} of {name} predicts p(match) off by {worst:.2g}: alias not moved")
-    point_alias(config, name, version)
+    point_alias(config, name, version, tags or {})
     logger.info(
         "registered %s version %s as @%s; loaded back, p(match) within %.1g",
         name,
@@ -112,12 +116,32 @@ def register(config: RunConfig, run_id: str, adapter: Path, example: list[tuple[
     return name, version
 
 
+def model_name(config: RunConfig) -> str:
+    return config.tracking.registered_model or config.name
+
+
+def note_version(config: RunConfig, key: str, version: str) -> None:
+    """Remember the version that was made of what the hash `key` stands for."""
+    path = config.run_dir / RUN_FILE
+    write_json(path, {**(read_json(path) or {}), "registered": {"key": key, "version": version}})
+
+
+def set_again(config: RunConfig, key: str, tags: dict[str, str]) -> bool:
+    """Move the alias to the version that was made of the same adapter before, if there is one."""
+    noted, name = (read_json(config.run_dir / RUN_FILE) or {}).get("registered", {}), model_name(config)
+    if noted.get("key") != key or not has_version(config, name, noted["version"]):
+        return False
+    point_alias(config, name, noted["version"], tags)
+    logger.info("registered before as %s version %s: now @%s", name, noted["version"], config.tracking.alias)
+    return True
+
+
 def download_adapter(uri: str, model: str, target: str) -> Path:
     """The adapter folder of a registered `models:/NAME@ALIAS` or `models:/NAME/VERSION`, downloaded into `target`."""
     try:
         folder = download_model(uri, model, target)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason, uri = without_credentials(" ".join(str(error).split()))[:200], without_credentials(uri)
         raise UserError(f"{model}: not found at {uri} ({reason}): set MLFLOW_TRACKING_URI or --tracking-uri") from None
     for path in Path(folder).rglob("flipkd.json"):
         return path.parent

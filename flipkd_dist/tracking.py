@@ -1,37 +1,59 @@
-"""MLflow: one run per training, created by the driver, logged into by rank 0; a logging failure never stops training.
+"""MLflow's client: how a run is begun, the way of a spool to the server, registered models.
 
 The only module that imports mlflow, inside the functions that need it (besides `pyfunc_model.py`, which MLflow runs).
 """
 
 import json
-import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flipkd_dist.config import RunConfig
+from flipkd_dist.config import RunConfig, without_credentials
 from flipkd_dist.console import quiet_others
-from flipkd_dist.run_folder import read_json, write_json
+from flipkd_dist.errors import UserError
+from flipkd_dist.model_files import one_line
+from flipkd_dist.spool import POINTS_AT_ONCE
 
-logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
-RUN_FILE = "mlflow.json"
 MOST_PARAMETERS = 100  # of one request
-LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to write a database that other runs are writing
+LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to begin a run in a database that other runs are writing
+DOWN_WAITS_S = (1, 2, 4)  # and on a server that does not answer
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
+KEY = "flipkd.key"  # the tag by which a run is found again whose creation was not seen to end
+# A request that fails is tried again by us, with what is new: mlflow's own way is seven times, for four minutes.
+BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+FAULTS = {  # by the error codes of mlflow
+    "server": {
+        "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED",
+        "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED",
+    },
+    "item": {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"},
+    "run": {"RESOURCE_DOES_NOT_EXIST"},
+}  # fmt: skip
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The server that is named, else a SQLite file in the run folder."""
-    named = config.tracking.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return named or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
+    """The server that is named, else a SQLite file in the run folder; credentials may stand in the environment only."""
+    named, known = config.tracking.mlflow_tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
+    if named and known and without_credentials(known) == named:
+        return known
+    return named or known or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
+
+
+def shown_uri(config: RunConfig) -> str:
+    """The tracking server as it may be shown and stored."""
+    return without_credentials(tracking_uri(config))
 
 
 def client(uri: str):
     """A client of tracking server and registry at `uri`."""
+    for key, value in BRIEF.items():
+        os.environ.setdefault(key, value)  # read by mlflow at every request
     import mlflow
 
     quiet_others()  # importing mlflow sets its own levels
@@ -42,6 +64,16 @@ def client(uri: str):
         os.environ["MLFLOW_TRACKING_URI"] = named
     mlflow.set_registry_uri(uri)
     return mlflow.MlflowClient(uri, uri)
+
+
+@contextmanager
+def _transferring() -> Iterator[None]:
+    """A server may take its time over a model's files, and a registration is tried again as mlflow does by itself."""
+    ours = {key: os.environ.pop(key) for key, value in BRIEF.items() if os.environ.get(key) == value}
+    try:
+        yield
+    finally:
+        os.environ.update(ours)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -55,105 +87,121 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def start_run(config: RunConfig) -> str:
-    """Create the training's MLflow run and log the configuration; the run's id. Called once, by the driver."""
-    uri = tracking_uri(config)
-    mlflow_client = client(uri)
-    from mlflow.entities import Param
+def start_run(config: RunConfig, key: str) -> str:
+    """Create the training's MLflow run; its id. Called again with the same key, it finds the run that there is.
 
-    experiment = _patiently(mlflow_client.get_experiment_by_name, config.tracking.experiment)
+    Raises:
+        UserError: the server is down, or refuses.
+    """
+    with server_errors(config):
+        return _patiently(lambda: _find_or_create(client(tracking_uri(config)), config, key))
+
+
+@contextmanager
+def server_errors(config: RunConfig) -> Iterator[None]:
+    """
+    Raises:
+        UserError: for any error of mlflow: the server is down, or refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "error_code"):
+            raise
+        reason = without_credentials(one_line(error))
+        raise UserError(
+            f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {reason}: start the server, or correct the address "
+            "and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+        ) from None
+
+
+def check_run(config: RunConfig, run_id: str) -> None:
+    """Ask the server for the run, which fails soon where it is down."""
+    client(tracking_uri(config)).get_run(run_id)
+
+
+def _find_or_create(mlflow_client: Any, config: RunConfig, key: str) -> str:
+    uri, name = tracking_uri(config), config.tracking.experiment
+    # A named store keeps its own place for artifacts; the one in the run folder has them beside it.
+    database = Path(uri.removeprefix("sqlite:///"))
+    location = (database.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
+    experiment = mlflow_client.get_experiment_by_name(name)
     if experiment is None:
-        # A named store keeps its own place for artifacts; the one in the run folder has them beside it.
-        database = Path(uri.removeprefix("sqlite:///"))
-        location = (database.parent / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite:///") else None
-        create = mlflow_client.create_experiment
-        experiment_id = _patiently(create, config.tracking.experiment, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
-    parent = config.tracking.parent_run_id
-    tags = {PARENT: parent} if parent else {}
-    run_id = _patiently(mlflow_client.create_run, experiment_id, run_name=config.name, tags=tags).info.run_id
-    parameters = [Param(key, value) for key, value in flatten(config.model_dump(mode="json")).items()]
-    for start in range(0, len(parameters), MOST_PARAMETERS):
-        _patiently(
-            mlflow_client.log_batch, run_id, params=parameters[start : start + MOST_PARAMETERS], synchronous=True
-        )
-    _patiently(mlflow_client.log_artifact, run_id, str(config.run_dir / "config.yaml"))
-    return run_id
-
-
-def _patiently(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The call's result; where several runs write one SQLite file, again after a while."""
-    for wait_s in LOCKED_WAITS_S:
         try:
-            return call(*arguments, **options)
+            experiment_id = mlflow_client.create_experiment(name, artifact_location=location)
         except Exception as error:
-            if "database is locked" not in str(error):
-                raise
-        time.sleep(wait_s)
-    return call(*arguments, **options)
+            experiment = mlflow_client.get_experiment_by_name(name)
+            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                raise  # else another run was quicker
+    if experiment is not None:
+        experiment_id = experiment.experiment_id
+    found = mlflow_client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1)
+    if found:  # made by a process, or a request, whose end nobody saw
+        return found[0].info.run_id
+    parent = config.tracking.parent_run_id
+    tags = {KEY: key} | ({PARENT: parent} if parent else {})
+    return mlflow_client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
 
 
-def training_run(config: RunConfig, training: str) -> str:
-    """The MLflow run of the training with this hash, begun if there is none; noted in the run folder."""
-    path, uri = config.run_dir / RUN_FILE, tracking_uri(config)
-    known = read_json(path) or {}
-    if known.get("training") == training and known.get("uri") == uri:
-        return known["run_id"]
-    run_id = start_run(config)
-    write_json(path, {"run_id": run_id, "uri": uri, "training": training})
-    return run_id
-
-
-class RunLogger:
-    """Metrics into an MLflow run; does nothing without a run id (other ranks)."""
-
-    def __init__(self, uri: str, run_id: str | None):
-        self.uri, self.run_id, self._client = uri, run_id, None
-        self._known: dict[str, set[int]] = {}  # metric -> steps that MLflow has from before a resume
-
-    def _quietly(self, what: str, call: Callable[[Any], Any]) -> None:
-        """`call(client)`, and a warning where it fails."""
-        if self.run_id is None:
-            return
+def _patiently(call: Callable[[], Any]) -> Any:
+    """The call's result; again after a while where a file is locked by other runs, or a server is just starting."""
+    for number in count():
         try:
-            self._client = self._client or client(self.uri)
-            call(self._client)
-        except Exception as error:  # whatever the server does, training goes on: metrics.jsonl has it all
-            logger.warning("mlflow: %s was not logged (%s)", what, " ".join(str(error).split())[:200])
+            return call()
+        except Exception as error:
+            waits_s = DOWN_WAITS_S if hasattr(error, "error_code") and fault(error) in ("server", "unknown") else ()
+            waits_s = LOCKED_WAITS_S if "database is locked" in str(error) else waits_s
+            if number >= len(waits_s):
+                raise
+        time.sleep(waits_s[number])
 
-    def pass_over_known(self) -> None:
-        """Send no point again that MLflow has from before a resume: it cannot take points back."""
 
-        def learn(mlflow_client) -> None:
-            for key in mlflow_client.get_run(self.run_id).data.metrics:
-                self._known[key] = {point.step for point in mlflow_client.get_metric_history(self.run_id, key)}
+def fault(error: Exception) -> str:
+    """Whose fault an error of mlflow is, as `mlflow_sender.Post` says it."""
+    code = getattr(error, "error_code", None)
+    if isinstance(error, FileNotFoundError):
+        return "item"
+    return next((fault for fault, codes in FAULTS.items() if code in codes), "unknown")
 
-        self._quietly("the resume", learn)
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        values = {key: value for key, value in values.items() if step not in self._known.get(key, ())}
+class ServerPost:
+    """The way to one server; its client is made when it is needed, in the sender's thread."""
 
-        def send(mlflow_client) -> None:
-            from mlflow.entities import Metric
+    def __init__(self, uri: str):
+        self.uri, self._client, self.fault = uri, None, fault
 
-            now = int(time.time() * 1000)
-            mlflow_client.log_batch(
-                self.run_id, [Metric(key, float(value), now, step) for key, value in values.items()]
-            )
+    @property
+    def client(self) -> Any:
+        self._client = self._client or client(self.uri)
+        return self._client
 
-        if values:
-            self._quietly(f"step {step}", send)
+    def answers(self, run: str) -> bool:
+        try:
+            self.client.get_run(run)
+            return True
+        except Exception as error:
+            return fault(error) == "run"
 
-    def artifact(self, path: Path) -> None:
-        self._quietly(path.name, lambda mlflow_client: mlflow_client.log_artifact(self.run_id, str(path)))
+    def send(self, run: str, kind: str, items: list[Any]) -> None:
+        mlflow_client = self.client
+        from mlflow.entities import Metric, Param
 
-    def reopen(self) -> None:
-        """A run that had ended goes on."""
-        self._quietly("the resume", lambda mlflow_client: mlflow_client.update_run(self.run_id, status="RUNNING"))
-
-    def finish(self, status: str = "FINISHED") -> None:
-        self._quietly("the end of the run", lambda mlflow_client: mlflow_client.set_terminated(self.run_id, status))
+        if kind == "metrics":
+            for start in range(0, len(items), POINTS_AT_ONCE):
+                points = [Metric(*point) for point in items[start : start + POINTS_AT_ONCE]]
+                mlflow_client.log_batch(run, metrics=points, synchronous=True)
+            return
+        [message] = items
+        if kind == "params":
+            parameters = [Param(*pair) for pair in message["params"].items()]
+            for start in range(0, len(parameters), MOST_PARAMETERS):
+                mlflow_client.log_batch(run, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
+        elif kind == "artifact":
+            mlflow_client.log_artifact(run, message["artifact"])
+        elif message["status"] == "RUNNING":
+            mlflow_client.update_run(run, status="RUNNING")
+        else:
+            mlflow_client.set_terminated(run, message["status"], end_time=message["time"])
 
 
 def log_pyfunc(
@@ -174,7 +222,7 @@ def log_pyfunc(
     from mlflow.models import infer_signature
 
     inputs = pd.DataFrame(example, columns=["text_a", "text_b"])
-    with mlflow.start_run(run_id=run_id):
+    with _transferring(), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code),
@@ -195,12 +243,27 @@ def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]])
     import mlflow
     import pandas as pd
 
-    model = mlflow.pyfunc.load_model(uri)
+    with _transferring():
+        model = mlflow.pyfunc.load_model(uri)
     return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
 
 
-def point_alias(config: RunConfig, name: str, version: str) -> None:
-    client(tracking_uri(config)).set_registered_model_alias(name, config.tracking.alias, version)
+def point_alias(config: RunConfig, name: str, version: str, tags: dict[str, str]) -> None:
+    """Tag the version, and let the configured alias mean it."""
+    mlflow_client = client(tracking_uri(config))
+    for key, value in tags.items():
+        mlflow_client.set_model_version_tag(name, version, key, value)
+    mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
+
+
+def has_version(config: RunConfig, name: str, version: str) -> bool:
+    try:
+        client(tracking_uri(config)).get_model_version(name, version)
+    except Exception as error:
+        if fault(error) not in ("run", "item"):
+            raise
+        return False
+    return True
 
 
 def download_model(uri: str, model: str, target: str) -> str:
@@ -208,4 +271,5 @@ def download_model(uri: str, model: str, target: str) -> str:
     client(uri)
     import mlflow
 
-    return mlflow.artifacts.download_artifacts(artifact_uri=model, dst_path=target, tracking_uri=uri)
+    with _transferring():
+        return mlflow.artifacts.download_artifacts(artifact_uri=model, dst_path=target, tracking_uri=uri)

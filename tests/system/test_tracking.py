@@ -9,7 +9,9 @@ from flipkd_dist.adapter import save_tuned
 from flipkd_dist.config import RunConfig
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder
-from flipkd_dist.tracking import client, start_run
+from flipkd_dist.run_logger import RunLogger, send_waiting, training_run
+from flipkd_dist.spool import Spool
+from flipkd_dist.tracking import client, tracking_uri
 
 pytestmark = pytest.mark.system
 
@@ -30,4 +32,32 @@ def test_a_model_tuned_as_a_whole_is_registered_and_answers_from_the_registry(tm
     folder = RunFolder(config)
     folder.open()
     save_tuned(folder.adapter, base, state_of(student), encoder, card_of(student, encoder))
-    assert register(config, start_run(config), folder.adapter, TEXTS) == ("whole", "1")  # it compares the answers
+    assert register(config, training_run(config, "t"), folder.adapter, TEXTS) == (
+        "whole",
+        "1",
+    )  # it compares the answers
+
+
+def test_what_is_sent_again_stands_once_in_sqlite(tmp_path, monkeypatch):
+    """As after a kill between sending and noting it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = RunConfig(name="x", output_dir=str(tmp_path))
+    RunFolder(config).open()
+    run_id = training_run(config, "t")
+    logger = RunLogger(config, run_id)
+    logger.begin_sending()
+    for step in range(1500):
+        logger.metrics({"loss": step / 7, "undefined": float("nan")}, step)
+    logger.metrics({"x" * 300: 1.0, "fine": 1.0}, 1500)  # a name that MLflow refuses
+    logger.finish("KILLED")
+    mlflow = client(tracking_uri(config))
+    for again in (False, True):
+        if again:
+            Spool(config.run_dir).note.unlink()
+            assert send_waiting(config)
+        for key in ("loss", "undefined"):
+            assert [point.step for point in mlflow.get_metric_history(run_id, key)] == list(range(1500))
+        [fine] = mlflow.get_metric_history(run_id, "fine")
+        run = mlflow.get_run(run_id)
+        assert run.info.status == "KILLED" and run.data.params["name"] == "x" and fine.step == 1500
+    assert "xxx" in (config.run_dir / "mlflow-refused.jsonl").read_text()

@@ -1,15 +1,17 @@
 """What the command line says about itself, and how it ends."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from flipkd_dist import cli as command_line
+from flipkd_dist import promotion
 from flipkd_dist.cli import cli
 from flipkd_dist.errors import StoppedOnRequest, UserError
 
-CONFIGURED = {"run", "score", "train", "evaluate", "register", "show", "plan"}
+CONFIGURED = {"run", "score", "train", "evaluate", "register", "promote", "show", "plan"}
 
 
 def answer(*arguments: str) -> str:
@@ -37,6 +39,37 @@ def test_help_of_a_verb_says_what_it_takes(verb):
         one.name for one in cli.commands[verb].params if getattr(one, "opts", [""])[0][:2] == "--" and not one.help
     ]
     assert not undescribed
+
+
+def test_register_under_another_alias(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        command_line, "_pipeline", lambda _, overrides, **__: SimpleNamespace(register=lambda: found.append(overrides))
+    )
+    answer("register", "x.yaml", "seed=3", "--alias", "challenger")
+    answer("register", "x.yaml")
+    assert found == [("seed=3", "tracking.alias='challenger'"), ()]
+
+
+def test_promote_says_what_has_moved(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(promotion, "promote", lambda *arguments: asked.append(arguments[1:]) or ["one", "two"])
+    (tmp_path / "x.yaml").write_text("name: x")
+    assert answer("promote", str(tmp_path / "x.yaml")) == "one\ntwo\n"
+    answer("promote", str(tmp_path / "x.yaml"), "--from", "previous", "--to", "live", "--force")
+    assert asked == [("challenger", "champion", False), ("previous", "live", True)]
+
+
+def test_an_error_shows_no_password(monkeypatch, capsys):
+    def fail(**_):
+        raise RuntimeError("500 for http://me:hush@there:5000/api")
+
+    monkeypatch.delenv("FLIPKD_DEBUG", raising=False)
+    monkeypatch.setattr(command_line, "cli", fail)
+    with pytest.raises(SystemExit):
+        command_line.main()
+    said = capsys.readouterr().err
+    assert "http://there:5000/api" in said and "hush" not in said
 
 
 def test_version():
