@@ -1,6 +1,6 @@
 # A node of the job's own Ray, started by slurm_ray.sbatch as a task on each of them: the head is on the first.
 # Two nodes may be one host: ports differ from node to node.
-options="--block --disable-usage-stats --num-cpus=$SLURM_CPUS_ON_NODE --temp-dir=$RAY_TMPDIR
+options="--block --disable-usage-stats --num-cpus=$SLURM_CPUS_ON_NODE --temp-dir=$RAY_TMPDIR/$SLURM_NODEID
   --dashboard-agent-listen-port=$((PORT + 2 + SLURM_NODEID % 16))"
 if [ "$SLURM_NODEID" = 0 ]; then
   set -- --head --node-ip-address="$MASTER_ADDR" --port="$PORT" --ray-client-server-port=$((PORT + 1)) \

@@ -54,7 +54,7 @@ leave() {
     75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
       if [[ $now == *JobState=RUNNING* && ( -n $asked || $now == *" PreemptTime=2"* ) ]]; then
         say "stopped before its end: back into the queue"
-        scontrol requeue "$job"
+        scontrol requeue "$job" && sleep infinity  # until Slurm ends this shell: an exit now would end the job instead
       fi ;;
     *) say "failed with exit code $1: not started again" ;;
   esac
