@@ -13,7 +13,7 @@ from slurm_cluster import Slurm, slurm_cluster, wait_until
 from test_run import tiny_config
 
 pytestmark = pytest.mark.system
-STEPS = 60
+STEPS = 120
 RAY, DEEPSPEED = "launchers/slurm_ray.sbatch", "launchers/slurm_deepspeed.sbatch"
 
 
@@ -29,7 +29,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     file = tiny_config(folder)
     values = yaml.safe_load(file.read_text())
-    values["train"] |= {"max_steps": STEPS, "save_steps": 20, "eval_steps": STEPS, "logging_steps": 1}
+    values["train"] |= {"max_steps": STEPS, "save_steps": 30, "eval_steps": STEPS, "logging_steps": 1}
     values["train"] |= {"learning_rate": 1e-3}
     values["student"]["lora_dropout"] = 0.1
     values["teacher"]["store_path"] = str(folder / "store")
@@ -56,8 +56,9 @@ def steps(folder: Path) -> list[int]:
 
 def wait_for_step(slurm: Slurm, job: int, folder: Path, step: int, log: Path) -> None:
     def reached() -> bool:
-        assert slurm.state(job) in ("PENDING", "RUNNING"), log.read_text()[-3000:]
-        return step in steps(folder)[-20:]
+        state = slurm.state(job)
+        assert state not in ("FAILED", "CANCELLED", "COMPLETED", "TIMEOUT"), f"{state}\n{log.read_text()[-3000:]}"
+        return any(done >= step for done in steps(folder)[-1:])
 
     wait_until(reached, f"step {step} of {folder.name}")
 
@@ -134,3 +135,54 @@ def test_a_failed_run_is_not_started_again(slurm, config):
     slurm.wait_for(job, "FAILED", log=log)
     assert slurm.job(job)["ExitCode"] == "2:0" and slurm.job(job)["Restarts"] == "0"
     assert "train.learning_rate" in log.read_text() and "failed with exit code 2" in log.read_text()
+
+
+@pytest.mark.soak
+def test_ray_of_a_job_is_stopped_preempted_and_cancelled(slurm, config, by_ray):
+    folder, log = config.parent / "runs" / "ray-disturbed", config.parent / "ray-disturbed.log"
+    job = slurm.submit(RAY, config, "name=ray-disturbed", log=log)
+    wait_for_step(slurm, job, folder, 3, log)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    goes_on(slurm, job, 1, folder, log)
+    other = slurm.submit("--partition=high", "--nodes=2", "--wrap=sleep 5", log=config.parent / "high.log")
+    slurm.requeued(job, 2, log)
+    assert not slurm.processes(job)
+    slurm.wait_for(other, "COMPLETED")
+    goes_on(slurm, job, 2, folder, log)
+    slurm.wait_for(job, "COMPLETED", log=log)
+    check_as_undisturbed(folder, by_ray[0], log)
+
+    folder, log = config.parent / "runs" / "ray-cancelled", config.parent / "ray-cancelled.log"
+    job = slurm.submit(RAY, config, "name=ray-cancelled", log=log)
+    wait_for_step(slurm, job, folder, 3, log)
+    assert len(slurm.processes(job)) > 10
+    slurm.call("scancel", job)
+    wait_until(lambda: not slurm.processes(job), "no process of a cancelled job", 60)
+    assert slurm.state(job) == "CANCELLED" and slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.soak
+def test_preempted_without_grace(slurm, config, by_ray):
+    """Killed at once: Slurm puts the job back by itself, and what was done after the last checkpoint is done again."""
+    folder, log = config.parent / "runs" / "abrupt", config.parent / "abrupt.log"
+    job = slurm.submit("--partition=abrupt", DEEPSPEED, config, "name=abrupt", log=log)
+    wait_for_step(slurm, job, folder, 33, log)
+    other = slurm.submit("--partition=high", "--nodes=2", "--wrap=sleep 5", log=config.parent / "high2.log")
+    slurm.requeued(job, 1, log)
+    slurm.wait_for(other, "COMPLETED")
+    slurm.start_now(job)
+    slurm.wait_for(job, "COMPLETED", log=log)
+    assert "train: resumed at step" in log.read_text() and "back into the queue" not in log.read_text()
+    check_as_undisturbed(folder, by_ray[0], log)
+
+
+@pytest.mark.soak
+def test_the_limit_itself(slurm, config, by_ray):
+    """The controller looks every half minute whose limit is near."""
+    folder, log = config.parent / "runs" / "limit", config.parent / "limit.log"
+    job = slurm.submit("--time=60", DEEPSPEED, config, "name=limit", "train.max_steps=20000", log=log)
+    wait_for_step(slurm, job, folder, 3, log)
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=7")  # minutes; USR1 comes 300 s before
+    goes_on(slurm, job, 1, folder, log)
+    slurm.call("scancel", job)
+    wait_until(lambda: not slurm.processes(job), "no process of a cancelled job", 60)
