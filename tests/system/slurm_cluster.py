@@ -1,7 +1,7 @@
 """A real Slurm of two nodes on this host, for tests: munged, slurmctld and two slurmd, in a folder of their own.
 
-Both nodes are this host at 127.0.0.1, on ports that were free, with one CPU each. Partition `low` is preempted by `high`
-with a time of grace, `abrupt` without. Needs root and the packages that tests/system/install.sh installs.
+Both nodes are this host at 127.0.0.1, on ports that were free, with one CPU each. Partition `low` is preempted by
+`high` with a time of grace, `abrupt` without. Needs root and the packages that tests/system/install.sh installs.
 """
 
 import os
@@ -126,6 +126,10 @@ class Slurm:
         """`sbatch`; the job's id."""
         return int(self.call("sbatch", "--parsable", f"--output={log}", *arguments).split()[-1])
 
+    def is_idle(self) -> bool:
+        said = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False)
+        return said.split() == ["idle"] * NUM_NODES
+
     def job(self, job: int) -> dict[str, str]:
         """What the controller says of a job: JobState, ExitCode, Restarts, Reason ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "show", "job", job)))
@@ -199,16 +203,16 @@ def slurm_cluster(kill_wait_s: int = 5) -> Iterator[Slurm]:
                 subprocess.Popen(list(map(str, command)), env=slurm.environment, stdout=output, stderr=output)
             )
 
+    names = {"key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munged.seed"}
+    own_files = [f"--{option}={folder / name}" for option, name in names.items()]
     try:
         _write(folder, kill_wait_s)
-        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key",
-              f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed")  # fmt: skip
+        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *own_files)
         wait_until((folder / "munge.socket").exists, "munged has its socket", 20)
         start("slurmctld", "-D", "-f", folder / "slurm.conf")
         for number in range(NUM_NODES):
             start("slurmd", "-D", "-N", f"node{number + 1}", "-f", folder / "slurm.conf")
-        ready = lambda: slurm.call("sinfo", "-h", "-N", "-p", "low", "-o", "%T", check=False).split() == ["idle"] * 2  # noqa: E731
-        wait_until(ready, f"both nodes are idle, see {folder}", 60)
+        wait_until(slurm.is_idle, f"both nodes are idle: {slurm.call('sinfo', check=False)}", 60)
         yield slurm
     finally:
         _end(slurm, daemons)
