@@ -21,7 +21,7 @@ import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
 NUM_NODES = 2
-PATIENCE_S = 240
+PATIENCE_S = 400
 FIRST_PORT, PORTS_PER_JOB, BLOCKS = 20000, 20, 500  # as in the batch scripts
 CONFIGURATION = """\
 ClusterName=flipkd

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from slurm_cluster import Slurm, slurm_cluster, wait_until
 from test_run import tiny_config
 
-pytestmark = pytest.mark.system
-STEPS = 120
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+STEPS = 60
 RAY, DEEPSPEED = "launchers/slurm_ray.sbatch", "launchers/slurm_deepspeed.sbatch"
 
 
@@ -29,7 +29,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     file = tiny_config(folder)
     values = yaml.safe_load(file.read_text())
-    values["train"] |= {"max_steps": STEPS, "save_steps": 30, "eval_steps": STEPS, "logging_steps": 1}
+    values["train"] |= {"max_steps": STEPS, "save_steps": 20, "eval_steps": STEPS, "logging_steps": 1}
     values["train"] |= {"learning_rate": 1e-3}
     values["student"]["lora_dropout"] = 0.1
     values["teacher"]["store_path"] = str(folder / "store")
