@@ -95,6 +95,55 @@ def test_both_scripts_are_accepted(slurm, config):
         assert "to start at" in slurm.call("sbatch", "--test-only", script, config)
 
 
+@pytest.fixture(scope="module")
+def stub(slurm, tmp_path_factory):
+    """Jobs whose stages are shells that end with 75 when asked, or with the code in the file `ends_with`."""
+    folder = tmp_path_factory.mktemp("stub")
+    program = f"""#!/bin/bash
+        trap 'exit 75' USR1 TERM
+        touch {folder}/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURM_PROCID
+        while sleep 0.1; do [ ! -f {folder}/ends_with ] || exit $(cat {folder}/ends_with); done
+    """
+    for name, text in (("flipkd", "#!/bin/bash\n"), ("python", program)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"--export=ALL,VIRTUAL_ENV=none,PATH={folder}:{slurm.environment['PATH']}"
+    return folder, path
+
+
+def test_which_job_goes_back_into_the_queue(slurm, stub):
+    """One that was asked by USR1 or preempted; not one that ends with 75, fails, or is cancelled by itself."""
+    folder, path = stub
+
+    def begun(job: int, times: int) -> None:
+        names = [f"{job}.{times}.{rank}" for rank in range(2)]
+        wait_until(lambda: all((folder / name).exists() for name in names), f"start {times} of job {job}", 60)
+
+    log = folder / "asked.log"
+    job = slurm.submit(path, DEEPSPEED, "a.yaml", log=log)
+    begun(job, 0)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.requeued(job, 1, log)
+    slurm.start_now(job)
+    begun(job, 1)
+    other = slurm.submit("--partition=high", "--nodes=2", "--wrap=sleep 1", log=folder / "high.log")
+    slurm.requeued(job, 2, log)
+    slurm.wait_for(other, "COMPLETED")
+    slurm.start_now(job)
+    begun(job, 2)
+    slurm.call("scancel", job)
+    slurm.wait_for(job, "CANCELLED")
+    assert not slurm.processes(job)
+    assert log.read_text().count("back into the queue") == 2
+
+    for code in (75, 1, 0):
+        (folder / "ends_with").write_text(str(code))
+        job = slurm.submit(path, DEEPSPEED, "a.yaml", log=folder / f"{code}.log")
+        slurm.wait_for(job, "FAILED", "COMPLETED", log=folder / f"{code}.log")
+        assert (slurm.job(job)["ExitCode"], slurm.job(job)["Restarts"]) == (f"{code}:0", "0")
+        assert (folder / f"{code}.log").read_text().rstrip().endswith("DONE") == (code == 0)
+
+
 def test_ray_of_a_job_trains_on_both_nodes(by_ray):
     folder, said = by_ray
     assert steps(folder) == list(range(1, STEPS + 1))
