@@ -1,7 +1,9 @@
 """What the batch scripts would start, as DRY_RUN=1 prints it, and what they refuse; tests/system runs them."""
 
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,15 @@ def test_one_line_where_it_cannot_start(script, tmp_path):
     for done, said in ((bash(script), "usage: sbatch"), (bash(script, "a.yaml", folder=tmp_path), "project's folder")):
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("flipkd: ") and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_head_that_never_comes_is_said_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, ROOT / "launchers" / "wait_for_nodes.py", "2", "1"]
+    done = subprocess.run(
+        command, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"flipkd: RAY_ADDRESS: 0 of 2 Ray nodes at {address} within 1 s")
+    assert len(done.stderr.splitlines()) == 1
