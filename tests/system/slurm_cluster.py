@@ -98,7 +98,7 @@ class Slurm:
     """The commands of one cluster; every one of them sees this cluster alone, by SLURM_CONF."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.jobs = folder, []
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "RAY_"))}
         self.environment = inherited | {
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -124,7 +124,8 @@ class Slurm:
 
     def submit(self, *arguments: object, log: Path) -> int:
         """`sbatch`; the job's id."""
-        return int(self.call("sbatch", "--parsable", f"--output={log}", *arguments).split()[-1])
+        self.jobs.append(int(self.call("sbatch", "--parsable", f"--output={log}", *arguments).split()[-1]))
+        return self.jobs[-1]
 
     def is_idle(self) -> bool:
         said = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False)
@@ -245,3 +246,5 @@ def _end(slurm: Slurm, daemons: list[subprocess.Popen]) -> None:
     for process in slurm.processes():
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    for job in slurm.jobs:  # what a cancelled job's Ray leaves on its nodes
+        shutil.rmtree(f"/tmp/fk{job}", ignore_errors=True)
