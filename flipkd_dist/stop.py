@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:  # the command line uses this module before torch is imported
     from flipkd_dist.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_REQUEST_S = 2.0  # Slurm sends SIGTERM twice in a moment where it preempts without a time of grace
 
 
 @contextmanager
@@ -39,11 +41,14 @@ class StopRequest:
 
     def __init__(self, file: Path):
         self.file, self.signalled = file, False
+        self.asked_at = -float("inf")  # s, monotonic: the first signal
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.signalled:  # asked twice: whoever asks will not wait for the step
-            stop_at_once(number, frame)
-        self.signalled = True
+        if self.signalled:
+            if time.monotonic() - self.asked_at > ONE_REQUEST_S:  # asked again: whoever asks will not wait for the step
+                stop_at_once(number, frame)
+            return
+        self.signalled, self.asked_at = True, time.monotonic()
         self.file.touch()
 
     @contextmanager

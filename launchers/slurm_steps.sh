@@ -1,0 +1,62 @@
+# What both batch scripts do alike; they source it. A job is a row of stages; each is a Slurm step that this shell waits
+# for, so that signals come to the step and its exit code decides what becomes of the job.
+job=${SLURM_JOB_ID:-0}
+port=$((20000 + job % 500 * 20))  # the job's own 20 ports on each of its nodes
+[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -f .venv/bin/activate ] || . .venv/bin/activate
+
+# The first node is where processes meet, by the address at which Slurm reaches it: its name may mean nothing elsewhere.
+first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)
+address=$(scontrol show node "$first" 2>/dev/null | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
+first=${first:-FIRST_NODE}
+export MASTER_ADDR=${MASTER_ADDR:-${address:-localhost}}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export RAY_TMPDIR=/tmp/fk$job  # of this job alone, and short: a socket's path has 107 characters at most
+
+# Before the limit USR1 comes to this shell alone; it goes on to the step's tasks, which write a checkpoint and end with 75.
+asked="" step="" ray=""
+trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
+
+say() { echo "$(date '+%F %T') job $job: $*"; }
+
+start() {  # in the background, whatever the site sets: a task that has ended early ends no other one
+  srun --overlap --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" & step=$!
+}
+
+background() {  # the same, for a step that lasts as long as the job
+  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' srun "${@:2}"; echo "&"; return; fi
+  start "${@:2}"
+  ray=$step step=""
+}
+
+stage() {  # NAME, then srun's options and the command; leaves the job if it fails
+  local name=$1; shift
+  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' srun "$@"; echo; return; fi
+  [ -z "$asked" ] || leave 75
+  say "$name, start $((${SLURM_RESTART_COUNT:-0} + 1))"
+  start "$@"
+  local code=0; wait "$step" || code=$?
+  while [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; do code=0; wait "$step" || code=$?; done
+  step=""
+  [ "$code" = 0 ] || leave "$code"
+}
+
+leave() {
+  trap '' USR1
+  [ -z "${DRY_RUN:-}" ] || exit 0
+  [ -z "$ray" ] || { kill "$ray"; wait "$ray"; } 2>/dev/null  # TERM to srun: it kills its tasks at once
+  # On preemption Slurm asks the tasks by TERM and tells this shell nothing. A cancelled job is no longer RUNNING; one that
+  # was stopped in another way (the file `stop`, a full disk) is for the user to start again.
+  local now; now=$(scontrol show job "$job" 2>/dev/null)
+  case $1 in
+    0)
+      srun --overlap --ntasks-per-node=1 rm -rf "/tmp/fk$job"
+      say "DONE" ;;
+    75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
+      if [[ $now == *JobState=RUNNING* && ( -n $asked || $now == *" PreemptTime=2"* ) ]]; then
+        say "stopped before its end: back into the queue"
+        scontrol requeue "$job" && sleep infinity  # until Slurm ends this shell: an exit now would end the job instead
+      fi ;;
+    *) say "failed with exit code $1: not started again" ;;
+  esac
+  exit "$1"
+}
