@@ -20,6 +20,7 @@ from flipkd_dist.run_folder import RunFolder
 
 logger = logging.getLogger("flipkd_dist")
 TOLD_EVERY_S = 60.0  # that workers wait for room
+SAVE_S = 120.0  # for a checkpoint before healthy workers are taken down
 PING_S = 5.0  # for a worker to say that it lives
 NODE_LOST = re.compile("its node has died|node was terminated|node failed", re.IGNORECASE)
 WAITING = ("Initializing", "Scheduling", "Rescheduling", "Restarting")  # states of the controller without workers
@@ -41,14 +42,27 @@ class Watch:
         self.cause: Failure | None = None
         self.num_restarts = 0  # that count
         self.state, self.since, self.told = "Initializing", time.monotonic(), time.monotonic()
-        self.has_run = False
+        self.has_run = self.resizes = False
 
     def starting(self) -> None:
         """The processes of the attempt before are gone, and with them what they noted."""
         forget(self.config.run_dir)
 
     def started(self, hosts: dict[int, str]) -> None:
+        if self.hosts and len(hosts) != len(self.hosts):
+            most = self.config.distributed.max_workers
+            logger.warning("%s: goes on with %d of at most %d workers", self.stages[0], len(hosts), most)
         self.hosts, self.has_run = hosts, True
+
+    def resizing(self) -> None:
+        """Ray takes healthy workers down to start another number of them: they leave a checkpoint first."""
+        folder = RunFolder(self.config)
+        if not self.resizes or is_exported(folder, self.trained) or self.stages[0] != "train":
+            return
+        self.resizes, end = False, time.monotonic() + SAVE_S
+        folder.save.touch()
+        while folder.save.exists() and time.monotonic() < end:
+            time.sleep(0.2)
 
     def failed(self, errors: dict[int, Exception], dead: dict[int, str]) -> None:
         """Workers have ended, or do not answer.
@@ -87,6 +101,8 @@ class Watch:
         if state == "Preempting" != before:
             RunFolder(self.config).save.touch()
             logger.warning("%s: a node is to be taken away: a checkpoint is written before it goes", self.stages[0])
+        if state == "Resizing":
+            self.resizes = True
         if state not in WAITING:
             self.since = self.told = now
         elif now - self.told >= min(TOLD_EVERY_S, self.config.distributed.timeout_s):
@@ -188,7 +204,11 @@ def callback(watch: Watch) -> Any:
     class Callback(ControllerCallback, WorkerGroupCallback):
         group = None
 
+        def before_controller_execute_resize_decision(self, resize_decision):
+            watch.resizing()
+
         def before_worker_group_start(self, worker_group_context):
+            set_up_logging(watch.log)
             watch.starting()
 
         def after_worker_group_start(self, worker_group):
