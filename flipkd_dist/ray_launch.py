@@ -48,7 +48,7 @@ def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
     except Exception as error:
         raise refusal(address, error) or error from None
     signal.signal(signal.SIGTERM, taken)  # ray.init puts a handler of its own in its place
-    if address != "local":
+    if address != "local" and not address.startswith("ray://"):  # whose proxy dies with the head
         end_with_head(ray.get_runtime_context().gcs_address)
 
 

@@ -23,5 +23,5 @@ def set_up() -> None:
 
     quiet_others()
     for name in NOISY if not os.environ.get("FLIPKD_DEBUG") else ():
-        logging.getLogger(f"ray.train.v2._internal.{name}").setLevel(logging.CRITICAL)
+        logging.getLogger(f"ray.train.v2._internal.{name}").disabled = True  # Ray Train resets levels
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address

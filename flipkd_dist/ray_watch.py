@@ -50,6 +50,9 @@ class Watch:
         forget(self.config.run_dir)
 
     def started(self, hosts: dict[int, str]) -> None:
+        if self.hosts and len(hosts) != len(self.hosts):
+            most = self.config.distributed.max_workers
+            logger.warning("%s: goes on with %d of at most %d workers", self.stages[0], len(hosts), most)
         self.hosts, self.has_run = hosts, True
 
     def failed(self, errors: dict[int, Exception], dead: dict[int, str]) -> None:
@@ -216,6 +219,7 @@ def callback(watch: Watch) -> Any:
         group = None
 
         def before_worker_group_start(self, worker_group_context):
+            set_up_logging(watch.log)
             watch.starting()
 
         def after_worker_group_start(self, worker_group):

@@ -86,11 +86,14 @@ def test_a_restart_is_one_line_with_its_place_and_count(watch, config, caplog, m
     watch.failed({}, {0: "its node was taken away"})
     watch.updated("Preempting", False, free)
     watch.updated("Restarting", False, free)
+    watch.updated("Running", True, free)
+    watch.updated("Restarting", True, free)
     cause = f"rank 1 on node2: {KILLED}"
     assert [record.getMessage() for record in caplog.records] == [
         f"train: {cause}, after step 8: started again from step 0 (restart 1 of 3)",
         "train: a node is to be taken away: a checkpoint is written before it goes",
         "evaluate: rank 0 on node1: its node was taken away: started again",
+        "evaluate: rank 0 on node1: its node was taken away: started again (restart 2 of 3)",
     ]
     assert RunFolder(config).save.exists()
 
@@ -118,6 +121,12 @@ def test_a_start_that_takes_long_is_no_lack_of_room(watch, clock):
     for _ in range(300):
         watch.updated("Rescheduling", True, lambda: [{"CPU": 3.0, "GPU": 1.0}])
     assert clock[0] > 1200
+
+
+def test_another_number_of_workers_is_said(watch, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+    watch.started({0: "node1"})
+    assert [record.getMessage() for record in caplog.records] == ["train: goes on with 1 of at most 4 workers"]
 
 
 def test_workers_that_never_had_room_are_the_users_mistake(config, clock):
