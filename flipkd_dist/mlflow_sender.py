@@ -19,6 +19,9 @@ LONGEST_WAIT_S = 60.0  # for the rest, at the end of a process
 class Post(Protocol):
     """The way to the server."""
 
+    def prepare(self) -> None:
+        """Import what it needs; called by the thread that goes on to work."""
+
     def send(self, run: str, kind: str, items: list[Any]) -> None:
         """Points (key, value, time, step), or one message of another kind; raises whatever went wrong."""
 

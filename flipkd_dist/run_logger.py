@@ -101,6 +101,7 @@ class RunLogger:
             return
         self._known = self._spool.steps(self.run_id)
         self._sender = _sender(self.config)
+        self._sender.post.prepare()
         if self._spool.waits():
             self._sender.wake()
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -165,7 +165,7 @@ def fault(error: Exception) -> str:
 
 
 class ServerPost:
-    """The way to one server; its client is made when it is needed, in the sender's thread."""
+    """The way to one server; its client is made when it is needed."""
 
     def __init__(self, uri: str):
         self.uri, self._client, self.fault = uri, None, fault
@@ -174,6 +174,11 @@ class ServerPost:
     def client(self) -> Any:
         self._client = self._client or client(self.uri)
         return self._client
+
+    def prepare(self) -> None:
+        """Import mlflow in this thread: other libraries trip over what another thread has imported by half."""
+        with suppress(Exception):  # the sender will say it
+            self.client  # noqa: B018
 
     def answers(self, run: str) -> bool:
         try:

@@ -166,6 +166,8 @@ def test_a_kill_between_sending_and_its_note_sends_the_very_same_again(spool, se
 
     monkeypatch.setattr(Spool, "note_sent", killed)
     assert Sender(spool, server, HERE).settle(0.1) == 1
+    until(lambda: server.taken)
+    server.is_down = True  # it is gone
     monkeypatch.setattr(Spool, "note_sent", real)
     other = Server()
     assert Sender(Spool(spool.folder), other, HERE).settle(20) == 0

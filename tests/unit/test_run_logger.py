@@ -2,13 +2,14 @@
 
 import json
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from flipkd_dist import run_logger, tracking
 from flipkd_dist.config import RunConfig, without_credentials
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedAtOnce, UserError
 from flipkd_dist.run_logger import RUN_FILE, RunLogger, send_waiting, training_run
 from flipkd_dist.spool import Spool
 
@@ -61,6 +62,20 @@ def test_a_client_that_cannot_be_made_is_said_once_and_nothing_is_lost(config, d
         "KILLED",
     ]
     assert Spool(config.run_dir).num_waiting() == 23
+
+
+def test_the_client_is_made_by_the_thread_that_trains_and_a_stop_meanwhile_is_not_swallowed(config, monkeypatch):
+    made = []
+    monkeypatch.setattr(tracking, "client", lambda _uri: made.append(threading.current_thread()))
+    RunLogger(config, "run").begin_sending()
+    assert made == [threading.main_thread()]
+
+    def stop(_uri):
+        raise StoppedAtOnce("now")
+
+    monkeypatch.setattr(tracking, "client", stop)
+    with pytest.raises(StoppedAtOnce):
+        RunLogger(config, "other").begin_sending()
 
 
 def test_other_ranks_say_and_write_nothing(config, down, caplog):
