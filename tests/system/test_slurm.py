@@ -214,7 +214,7 @@ def test_ray_of_a_job_is_stopped_preempted_and_cancelled(slurm, config, by_ray):
 
 @pytest.mark.soak
 def test_preempted_without_grace(slurm, config, by_ray):
-    """Killed at once: Slurm puts the job back by itself, and what was done after the last checkpoint is done again."""
+    """KillWait is all the time there is: Slurm puts the job back by itself, and what was not saved is done again."""
     folder, log = config.parent / "runs" / "abrupt", config.parent / "abrupt.log"
     job = slurm.submit("--partition=abrupt", DEEPSPEED, config, "name=abrupt", log=log)
     wait_for_step(slurm, job, folder, 33, log)
