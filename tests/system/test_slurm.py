@@ -100,7 +100,7 @@ def stub(slurm, tmp_path_factory):
     """Jobs whose stages are shells that end with 75 when asked, or with the code in the file `ends_with`."""
     folder = tmp_path_factory.mktemp("stub")
     program = f"""#!/bin/bash
-        trap 'exit 75' USR1 TERM
+        trap 'sleep 1; echo saved; exit 75' USR1 TERM
         touch {folder}/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURM_PROCID
         while sleep 0.1; do [ ! -f {folder}/ends_with ] || exit $(cat {folder}/ends_with); done
     """
@@ -124,6 +124,8 @@ def test_which_job_goes_back_into_the_queue(slurm, stub):
     begun(job, 0)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.requeued(job, 1, log)
+    said = log.read_text()
+    assert said.count("saved") == 2 and said.rindex("saved") < said.index("back into the queue")
     slurm.start_now(job)
     begun(job, 1)
     other = slurm.submit("--partition=high", "--nodes=2", "--wrap=sleep 1", log=folder / "high.log")
@@ -212,7 +214,7 @@ def test_ray_of_a_job_is_stopped_preempted_and_cancelled(slurm, config, by_ray):
 
 @pytest.mark.soak
 def test_preempted_without_grace(slurm, config, by_ray):
-    """Killed at once: Slurm puts the job back by itself, and what was done after the last checkpoint is done again."""
+    """KillWait is all the time there is: Slurm puts the job back by itself, and what was not saved is done again."""
     folder, log = config.parent / "runs" / "abrupt", config.parent / "abrupt.log"
     job = slurm.submit("--partition=abrupt", DEEPSPEED, config, "name=abrupt", log=log)
     wait_for_step(slurm, job, folder, 33, log)
