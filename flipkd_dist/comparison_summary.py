@@ -1,7 +1,6 @@
 """All that a comparison's report says, as one value that pages are made of."""
 
 import platform
-import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -130,7 +129,7 @@ def summarise(
         judged_by=judged_by,
         won=won,
         lost=lost,
-        config=_without_passwords(config.to_yaml()) if config else "",
+        config=config.to_yaml() if config else "",
     )
 
 
@@ -220,8 +219,3 @@ def _cost(row: RowScores) -> CostLine | None:
         return None
     figures = [(c.seconds, c.tokens, c.peak_memory, c.trainable_parameters) for c in costs]
     return CostLine(row.row.name, row.row.title, *np.mean(figures, axis=0).tolist())
-
-
-def _without_passwords(text: str) -> str:
-    """Addresses such as a tracking server's may carry a user's name and password."""
-    return re.sub(r"://[^/@\s'\"]+@", "://…@", text)

@@ -107,7 +107,7 @@ def test_an_encoder_without_runs_is_missed_where_it_could_stand():
 
 
 def test_passwords_stay_out(page, summary):
-    assert "secret" not in page and "secret" not in markdown(summary) and "://…@host" in page
+    assert "secret" not in page and "secret" not in markdown(summary) and "://host" in page
 
 
 def test_equal_summaries_give_equal_reports():

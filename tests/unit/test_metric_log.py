@@ -100,7 +100,7 @@ def test_lines_wait_for_room_and_then_stand_whole_and_once(small_disk, monkeypat
     with (small_disk / "rest").open("wb") as file, pytest.raises(OSError):
         while True:
             os.write(file.fileno(), bytes(512))
-    run.log.write(2, {"text": "x" * 10_000})
+    run.log.write(2, {f"loss_{number}": 1.0 for number in range(1000)})
     run.log.write(3, {"loss": 3.0})
     assert run.path.read_bytes() == before  # no half line
     with pytest.raises(OSError):

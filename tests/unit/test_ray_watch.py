@@ -1,7 +1,6 @@
 """What the controller of Ray Train says and decides when workers fail or find no room; Ray is stood in for."""
 
 import json
-import logging
 import time
 
 import pytest
@@ -74,8 +73,7 @@ def test_a_new_attempt_forgets_the_notes_of_the_one_before(watch, config):
     assert watch.cause.rank == 0
 
 
-def test_a_restart_is_one_line_with_its_place_and_count(watch, config, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+def test_a_restart_is_one_line_with_its_place_and_count(watch, config, said):
     RunFolder(config).metric_log.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)))
     watch.updated("Running", True, free)
     watch.failed({}, {1: KILLED})
@@ -89,7 +87,7 @@ def test_a_restart_is_one_line_with_its_place_and_count(watch, config, caplog, m
     watch.updated("Running", True, free)
     watch.updated("Restarting", True, free)
     cause = f"rank 1 on node2: {KILLED}"
-    assert [record.getMessage() for record in caplog.records] == [
+    assert said == [
         f"train: {cause}, after step 8: started again from step 0 (restart 1 of 3)",
         "train: a node is to be taken away: a checkpoint is written before it goes",
         "evaluate: rank 0 on node1: its node was taken away: started again",
@@ -103,14 +101,13 @@ def write_json_to(path) -> None:
     write_json(path, {})
 
 
-def test_workers_that_find_no_room_say_what_is_missing_and_end(watch, config, clock, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+def test_workers_that_find_no_room_say_what_is_missing_and_end(watch, config, clock, said):
     watch.updated("Running", True, free)
     with pytest.raises(StoppedOnRequest, match=r"run the same command again to go on$"):
         for _ in range(200):
             watch.updated("Restarting", True, free)
     assert 1100 <= clock[0] <= 1122  # looked at every minute
-    [_, told] = [record.getMessage() for record in caplog.records]
+    [_, told] = said
     assert (
         "no room for 1 workers of 2 CPU and 1 GPU since 60 s; 2 CPU, 4 GPU are free on 2 nodes of the Ray cluster"
         in told
@@ -123,10 +120,9 @@ def test_a_start_that_takes_long_is_no_lack_of_room(watch, clock):
     assert clock[0] > 1200
 
 
-def test_another_number_of_workers_is_said(watch, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("flipkd_dist"), "propagate", True)
+def test_another_number_of_workers_is_said(watch, said):
     watch.started({0: "node1"})
-    assert [record.getMessage() for record in caplog.records] == ["train: goes on with 1 of at most 4 workers"]
+    assert said == ["train: goes on with 1 of at most 4 workers"]
 
 
 def test_workers_that_never_had_room_are_the_users_mistake(config, clock):

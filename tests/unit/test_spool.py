@@ -74,8 +74,8 @@ def test_two_writers_do_not_mix_their_lines(spool):
         thread.start()
     for thread in threads:
         thread.join()
-    found = [message for message, _ in spool.messages()]
-    assert None not in found
+    # A writer that sees half of the other's line ends it with a line break: at worst an empty line follows.
+    found = [message for message, _ in spool.messages() if message is not None]
     for run in "ab":
         assert [message["step"] for message in found if message["run"] == run] == list(range(500))
 
