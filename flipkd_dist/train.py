@@ -16,7 +16,7 @@ from flipkd_dist.ahead import ahead
 from flipkd_dist.checkpoint import best_checkpoint, stored
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedOnRequest
-from flipkd_dist.failures import introduce
+from flipkd_dist.failures import forget, introduce
 from flipkd_dist.meter import OPERATIONS, Meter, linear_weights
 from flipkd_dist.metric_log import MetricLog
 from flipkd_dist.order import training_order
@@ -90,6 +90,7 @@ def train(config: RunConfig, mlflow_run_id: str | None = None) -> None:
         log.flush()
         export_best(bench, progress.probes, progress.base_answers)
         log.tracker.artifact(inputs.folder.metric_log)
+        forget(inputs.folder.path)
 
     folder = inputs.folder
     stored(world, folder.checkpoints, folder.adapter, "the adapter", lambda: on_main(world, finish))
