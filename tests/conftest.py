@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group("system" if system in item.path.parents else item.path.stem))
 
 
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    """A test that trains in this process joins a process group, which forks of a later test would find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def file_system(folder: Path, size: str):
     """A real file system of this size, in memory, mounted at a new folder."""
