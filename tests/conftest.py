@@ -22,14 +22,17 @@ import torch
 torch.set_num_threads(1)
 
 
+CLUSTERS = ("compare", "doors", "elastic", "pool", "ray_faults", "resume", "run", "slurm")  # modules that start one
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Under `-n 2 --dist loadgroup`, one process runs what starts clusters, one after the other and from the first
     minute on; the other one runs the rest, module by module."""
-    system = Path(__file__).parent / "system"
-    items.sort(key=lambda item: system not in item.path.parents)  # stable: within each half the order stays
+    starts = {f"test_{name}" for name in CLUSTERS}
+    items.sort(key=lambda item: item.path.stem not in starts)  # stable: within each half the order stays
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("system" if system in item.path.parents else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group("clusters" if item.path.stem in starts else item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,7 @@ def config(tmp_path_factory):
     return file
 
 
+@pytest.mark.soak
 def test_stopped_then_killed_then_finished(config):
     folder = config.parent / "runs" / "tiny"
     stopped = start(config)
@@ -114,6 +115,7 @@ def test_stopped_before_training(config):
     assert said.splitlines()[-1] == "flipkd: stopped by SIGTERM: run the same command again to go on"
 
 
+@pytest.mark.soak
 def test_each_step_stands_once_in_one_mlflow_run(config):
     from flipkd_dist.tracking import client
 
