@@ -129,6 +129,8 @@ def test_under_the_store_of_torchrun():
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "GLOO_SOCKET_IFNAME": "lo"}
     assert arrive(2, [0, 1], **place, **agent) == dict.fromkeys(range(2), (2.0, None))
+    grown = arrive(3, [0, 1, 2], **place, **agent)  # a node came: no restart that counts
+    assert grown == dict.fromkeys(range(3), (3.0, None))
     again = arrive(2, [0, 1], **place, **agent | {"TORCHELASTIC_RESTART_COUNT": "1"})
     assert again == dict.fromkeys(range(2), (2.0, None))
     [line] = lines(arrive(2, [0], **place, **agent | {"TORCHELASTIC_RESTART_COUNT": "2"}))
