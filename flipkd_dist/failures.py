@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from flipkd_dist.config import without_credentials
 from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.run_folder import read_json, write_json, write_whole
 
@@ -59,8 +60,8 @@ def is_final(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The error in a line: a user's mistake as it is said, else with its kind."""
-    text = " ".join(str(error).split())[:LONGEST]
+    """The error in a line without credentials: a user's mistake as it is said, else with its kind."""
+    text = without_credentials(" ".join(str(error).split()))[:LONGEST]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
@@ -88,7 +89,7 @@ def record(folder: Path, failure: Failure, details: str = "") -> None:
         file.parent.mkdir(exist_ok=True)
         write_json(file, asdict(failure))
         if details:
-            write_whole(file.with_suffix(".txt"), details)
+            write_whole(file.with_suffix(".txt"), without_credentials(details))
 
 
 @contextmanager

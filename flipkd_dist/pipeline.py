@@ -293,11 +293,19 @@ def train_here(config: RunConfig) -> None:
     if started > 1:
         master()
     pipeline = Pipeline(config, on_ray=False)
-    if not is_scored(pipeline.inputs):
-        raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
-    if pipeline.complete("train", pipeline.trained):
-        return
     world = join_world(use_gpu_here(config), distributed.timeout_s)
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        scored = is_scored(pipeline.inputs)
+        seen.append((scored, scored and pipeline.complete("train", pipeline.trained)))
+
+    on_main(world, look)
+    [(scored, complete)] = world.gather_object(seen)[0]  # one answer for all: file systems may show different ones
+    if not scored:
+        raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
+    if complete:
+        return
     run_ids: list[str] = []
 
     def begin() -> None:

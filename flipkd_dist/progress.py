@@ -187,6 +187,8 @@ class Progress:
             "log": self.log.state(),
             "shapes": engine.shapes(),
         }
+        # A run that goes on from the checkpoint takes the lines up to it from the file.
+        self._stored(self.log.path, "metrics.jsonl", self.log.flush)
         found = save_checkpoint(self.folder, step, engine.slices(), bench.world.random_state(), manifest, bench.world)
 
         def keep() -> None:

@@ -52,6 +52,8 @@ def check_head(address: str) -> None:
 
 def refusal(address: str, error: Exception) -> UserError | None:
     """What the user can do about an error of joining the cluster; None where it is no mistake of theirs."""
+    if address == "local":  # nothing was joined
+        return None
     text = " ".join(str(error).split())
     if "Version mismatch" in text:
         return UserError(f"RAY_ADDRESS: {text[:300]}: install the versions of the cluster at {address} here")

@@ -116,8 +116,17 @@ def _stages(config: RunConfig, work: dict[str, Any]) -> None:
                 if world.is_main and work["trained"]:
                     folder.mark_done("exported", work["trained"])
     except StoppedOnRequest as stopped:  # no failure, of which Ray would print a traceback
-        if world.is_main:
-            write_whole(folder.stop, str(stopped))
+        if world.is_main and not _leave_word(folder, stopped):
+            raise
+
+
+def _leave_word(folder: RunFolder, stopped: StoppedOnRequest) -> bool:
+    """Whether the disk, which may be why it stops, has taken the line for the driver."""
+    try:
+        write_whole(folder.stop, str(stopped))
+    except OSError:
+        return False
+    return True
 
 
 def run_workers(config: RunConfig, stages: list[str], mlflow_run_id: str | None, trained: str | None = None) -> None:

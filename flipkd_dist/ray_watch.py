@@ -15,7 +15,7 @@ from flipkd_dist.checkpoint import newest_checkpoint
 from flipkd_dist.config import RunConfig
 from flipkd_dist.console import set_up_logging
 from flipkd_dist.errors import StoppedOnRequest, UserError, WorkerFailed
-from flipkd_dist.failures import Failure, failure_of, failures, first_cause, forget, record
+from flipkd_dist.failures import Failure, failure_of, failures, first_cause, forget, one_line, record
 from flipkd_dist.metric_log import last_step
 from flipkd_dist.run_folder import RunFolder
 
@@ -42,6 +42,7 @@ class Watch:
         self.hosts: dict[int, str] = {}  # of the workers that run, by rank
         self.cause: Failure | None = None
         self.num_restarts = 0  # that count
+        self.num_failed_starts = 0  # in a row
         self.state, self.since, self.told = "Initializing", time.monotonic(), time.monotonic()
         self.has_run = False
 
@@ -53,7 +54,7 @@ class Watch:
         if self.hosts and len(hosts) != len(self.hosts):
             most = self.config.distributed.max_workers
             logger.warning("%s: goes on with %d of at most %d workers", self.stages[0], len(hosts), most)
-        self.hosts, self.has_run = hosts, True
+        self.hosts, self.has_run, self.num_failed_starts = hosts, True, 0
 
     def failed(self, errors: dict[int, Exception], dead: dict[int, str]) -> None:
         """Workers have ended, or do not answer.
@@ -63,7 +64,10 @@ class Watch:
             dead: what became of workers that can note nothing any more, by rank.
         Raises:
             UserError, WorkerFailed: a restart would end the same way.
+            StoppedOnRequest: as raised in a worker that could not leave word of it in the run folder.
         """
+        if stopped := next((error for error in errors.values() if isinstance(error, StoppedOnRequest)), None):
+            raise stopped
         folder, noted = self.config.run_dir, failures(self.config.run_dir)
         known = {failure.rank for failure in noted}
         for rank in (errors.keys() | dead.keys()) - known:
@@ -77,16 +81,22 @@ class Watch:
         if self.cause is not None and self.cause.final:
             raise ended(self.cause, self.config)
 
-    def updated(self, state: str, counts: bool, have: Callable[[], list[dict[str, float]]]) -> None:
+    def updated(
+        self, state: str, counts: bool, have: Callable[[], list[dict[str, float]]], failed_start: str | None = None
+    ) -> None:
         """The controller goes on in the same or in another state.
 
         Args:
             counts: towards distributed.max_failures, if it restarts.
             have: asks for the free resources of each node.
+            failed_start: why workers that had room could not be started.
         Raises:
             UserError, StoppedOnRequest: workers have waited for room too long.
+            WorkerFailed: they could not be started too often.
         """
         before, self.state, now = self.state, state, time.monotonic()
+        if failed_start and state != before:
+            self._start_failed(failed_start)
         if state == "Restarting" != before:
             self._announce(counts)
         if state == "Preempting" != before:
@@ -107,6 +117,19 @@ class Watch:
         if state == before and state in WAITING:
             time.sleep(1.0)  # Ray asks again at once, and would keep a core busy
 
+    def _start_failed(self, reason: str) -> None:
+        """Ray itself would try for ever: its limit counts starts that only take long as well."""
+        self.num_failed_starts += 1
+        most, times = self.config.distributed.max_failures, self.num_failed_starts
+        if times > most:
+            often = "once" if times == 1 else f"{times} times in a row"
+            raise WorkerFailed(
+                f"the workers could not be started, {often} ({reason}): no attempt is left of distributed.max_failures "
+                f"= {most}: look at the nodes, and run the same command again to go on"
+            )
+        line = "%s: the workers could not be started (%s): tried again (%d of %d)"
+        logger.warning(line, self.stages[0], reason, times, most)
+
     def _save_first(self) -> None:
         """Ray ends the workers in the middle of a step, to start another number of them: let them save before."""
         folder, end = RunFolder(self.config), time.monotonic() + self.config.distributed.timeout_s
@@ -114,7 +137,12 @@ class Watch:
         if self.stages[0] != "train":
             return
         folder.save.touch()
-        while folder.save.exists() and time.monotonic() < end and not is_exported(folder, self.trained):
+        while (
+            folder.save.exists()
+            and time.monotonic() < end
+            and not is_exported(folder, self.trained)
+            and not failures(folder.path)  # which end the workers: nobody will write any more
+        ):
             time.sleep(SAVED_EVERY_S)
         folder.save.unlink(missing_ok=True)
 
@@ -140,7 +168,11 @@ class Watch:
     def _places(self, free: list[dict[str, float]]) -> int:
         """How many workers the nodes have room for."""
         need = {name: amount for name, amount in self.need.items() if amount}
-        return sum(min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()) for node in free)
+        most = self.config.distributed.min_workers  # all that is asked of a node, also where a worker needs nothing
+        return sum(
+            min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in need.items()), default=most)
+            for node in free
+        )
 
     def _lack(self, now: float, free: list[dict[str, float]]) -> str:
         wanted, each = (
@@ -181,14 +213,32 @@ def ended(cause: Failure, config: RunConfig) -> Exception:
 
 def fate(error: Exception | None) -> str | None:
     """What became of a worker that Ray says has died, in a line; None where it lives or has raised an error itself."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
     error = getattr(error, "health_check_failure", error)
-    if not isinstance(error, RayActorError):
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "does not answer (hung, or its node cannot be reached?)"
+    if isinstance(error, OutOfMemoryError):
+        return "was ended by Ray: its node had no memory left"
+    if isinstance(error, NodeDiedError | LocalRayletDiedError):
+        return "its node was lost"
+    if not isinstance(error, RayActorError | WorkerCrashedError):
         return None
-    if error.preempted:
+    if getattr(error, "preempted", False):
         return "its node was taken away"
     return "its node was lost" if NODE_LOST.search(str(error)) else "died (killed, or out of memory?)"
+
+
+def failed_start(error: Exception | None) -> str | None:
+    """Why the workers of a group could not be started, in a line; None where that only took long."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    error = getattr(error, "controller_failure", None)
+    if not isinstance(error, WorkerGroupStartupFailedError):
+        return None
+    cause = error.__cause__ or error
+    return one_line(cause) if getattr(cause, "actor_init_failed", False) else fate(cause) or one_line(cause)
 
 
 def count_nodes_anew() -> None:
@@ -259,6 +309,6 @@ def callback(watch: Watch) -> Any:
             state = type(current_state).__name__.removesuffix("State")
             if state in ("Restarting", "Rescheduling"):
                 count_nodes_anew()
-            watch.updated(state, not preempted, _free)
+            watch.updated(state, not preempted, _free, failed_start(error))
 
     return Callback()

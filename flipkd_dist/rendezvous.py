@@ -52,8 +52,9 @@ def meet(backend: str, timeout_s: float) -> dist.Store:
     start = time.monotonic()
     rank, size, (host, port) = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), master()
     store = open_store(host, port, rank, start + timeout_s)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep its store through restarts
-    store = dist.PrefixStore(f"flipkd/{attempt}", store)
+    # torchrun may keep its store through restarts; a node that joins it is none that counts, and changes the size.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"flipkd/{attempt}/{size}", store)
     Meeting(store, rank, size, f"{host}:{port}", start, timeout_s).hold(backend)
     store.set_timeout(timedelta(seconds=timeout_s))
     return dist.PrefixStore("group", store)

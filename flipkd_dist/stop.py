@@ -6,34 +6,53 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from flipkd_dist.errors import StoppedAtOnce
+from flipkd_dist.errors import HeadLost, StoppedAtOnce
 
 if TYPE_CHECKING:  # the command line uses this module before torch is imported
     from flipkd_dist.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST_S = 2.0  # Slurm sends SIGTERM twice in a moment where it preempts without a time of grace
+ASKED: list[str] = []  # the line of a signal that came in a call of Ray's
 
 
 @contextmanager
 def handling(handler: Callable[..., None]) -> Iterator[None]:
-    """Let `handler` take the signals meanwhile; nothing off the main thread, where Python allows no handlers."""
+    """Let `handler` take the signals meanwhile; nothing off the main thread, where Python allows no handlers.
+
+    Raises:
+        StoppedAtOnce: in place of what became of an interruption in a call of Ray's.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
+    except BaseException as error:
+        if not ASKED or isinstance(error, HeadLost):
+            raise
+        raise StoppedAtOnce(ASKED.pop()) from error
     finally:
         for number, old in previous.items():
             signal.signal(number, old if old is not None else signal.SIG_DFL)
 
 
-def stop_at_once(number: int, _frame: object) -> None:
-    """Handler for stages of which nothing is lost at any moment."""
-    raise StoppedAtOnce(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Handler for stages of which nothing is lost at any moment.
+
+    Raises:
+        KeyboardInterrupt: in a call of Ray's, which lets no other exception of a handler out; see `handling`.
+        StoppedAtOnce: anywhere else.
+    """
+    line = f"stopped by {signal.Signals(number).name}: run the same command again to go on"
+    if frame is not None and frame.f_globals.get("__name__", "").startswith("ray."):
+        ASKED[:] = [line]
+        raise KeyboardInterrupt
+    raise StoppedAtOnce(line)
 
 
 class StopRequest:
@@ -43,7 +62,7 @@ class StopRequest:
         self.file, self.signalled = file, False
         self.asked_at = -float("inf")  # s, monotonic: the first signal
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signalled:
             if time.monotonic() - self.asked_at > ONE_REQUEST_S:  # asked again: whoever asks will not wait for the step
                 stop_at_once(number, frame)

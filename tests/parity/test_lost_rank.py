@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gang import run_gang
-from test_rendezvous import free_port
+from ray_cluster import free_port
 from test_resume_parity import prepared, run_config  # noqa: F401, a fixture
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.parity
 SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "deepspeed_train.py"
 TIMEOUT_S = 15
 MARGIN_S = 60  # of a loaded machine
+PATIENT_S = 5 * MARGIN_S  # a timeout_s that plays no part
 
 
 def _launched(rank: int, size: int, config: str, environment: dict, errors: str, sabotage) -> None:
@@ -93,11 +94,11 @@ class Launched:
 def launch(prepared, request):  # noqa: F811
     started = []
 
-    def start(size: int = 2, sabotage=None) -> Launched:
+    def start(size: int = 2, sabotage=None, timeout_s: float = TIMEOUT_S) -> Launched:
         config = run_config(prepared, re.sub(r"\W", "-", request.node.name), size)
         values = config.model_dump()
         values["train"] |= {"max_steps": 2000, "save_steps": 1000, "eval_steps": 1000, "logging_steps": 1}
-        values["distributed"]["timeout_s"] = TIMEOUT_S
+        values["distributed"]["timeout_s"] = timeout_s
         values["tracking"]["mlflow_tracking_uri"] = f"sqlite:///{prepared.output_dir}/mlflow.db"  # made once
         config = validate(values, "test")
         (config.run_dir / "config.yaml").write_text(config.to_yaml())
@@ -111,7 +112,7 @@ def launch(prepared, request):  # noqa: F811
 
 def test_a_killed_process_is_named_at_once(launch):
     """Rank 0, which holds the store as well."""
-    launched = launch()
+    launched = launch(timeout_s=PATIENT_S)
     launched.wait_for_step(2)
     start = time.monotonic()
     os.kill(launched.members[0].pid, signal.SIGKILL)

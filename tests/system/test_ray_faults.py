@@ -18,6 +18,8 @@ from ray_cluster import Head, head, wait_until
 from safetensors.torch import load_file
 from test_run import FLIPKD, call, tiny_config
 
+from flipkd_dist.metric_log import last_step
+
 pytestmark = pytest.mark.system
 STEPS = 30
 
@@ -105,24 +107,19 @@ class Command:
         return [child for child in children if "ray::RayTrainWorker" in " ".join(child.cmdline())]
 
 
-def last_step(folder: Path) -> int:
-    lines = read(folder / "metrics.jsonl").splitlines()
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
 def test_a_worker_then_the_head_are_lost(config, undisturbed):
     folder, host = config.parent / "runs" / "faulty", socket.gethostname()
     with head() as first:
         driver = Command(first, "train", config, "name=faulty")
-        driver.wait_until(lambda: last_step(folder) >= 6)
+        driver.wait_until(lambda: last_step(folder / "metrics.jsonl") >= 6)
         (folder / "save").touch()
         driver.wait_until(lambda: not (folder / "save").exists())  # a checkpoint was asked for, and is there
         workers = sorted(first.family("ray::RayTrainWorker"), key=lambda process: process.pid)
         assert len(workers) == 2
         workers[1].kill()
-        began, at_death = time.monotonic(), last_step(folder)
+        began, at_death = time.monotonic(), last_step(folder / "metrics.jsonl")
         psutil.wait_procs(workers, timeout=100)  # the other one ends with the group
-        driver.wait_until(lambda: last_step(folder) > max(12, at_death))
+        driver.wait_until(lambda: last_step(folder / "metrics.jsonl") > max(12, at_death))
         print(f"a killed worker: {time.monotonic() - began:.0f} s until training was further than before")
 
         workers = first.family("ray::RayTrainWorker")
@@ -170,7 +167,7 @@ def test_five_kills_at_random_steps(config, undisturbed):
     steps = sorted(generator.sample(range(1, STEPS), 5))
     command = Command(None, "train", config, f"name={folder.name}", "distributed.max_failures=5")
     for step in steps:
-        command.wait_until(lambda step=step: last_step(folder) >= step)
+        command.wait_until(lambda step=step: last_step(folder / "metrics.jsonl") >= step)
         began, workers = time.monotonic(), command.workers()
         generator.choice(workers).kill()
         psutil.wait_procs(workers, timeout=100)

@@ -107,3 +107,13 @@ def test_a_note_that_cannot_be_written_or_read_hides_nothing(tmp_path):
     (tmp_path / "failures" / "rank-00000.json").write_text('{"rank": 0')
     (tmp_path / "failures" / "rank-00001.json").write_text('{"rank": 1, "colour": "red"}')
     assert [failure.rank for failure in failures.failures(tmp_path)] == [3]
+
+
+def test_credentials_of_an_address_are_in_no_note(tmp_path):
+    try:
+        raise ConnectionError("https://me:hunter2@mlflow:5000/api: refused")
+    except ConnectionError as error:
+        noted = note(tmp_path, 0, error)
+    assert noted.error == "ConnectionError: https://mlflow:5000/api: refused"
+    written = [file.read_text() for file in (tmp_path / "failures").iterdir()]
+    assert len(written) == 2 and not any("hunter2" in text for text in written)

@@ -1,5 +1,7 @@
 """Which stages the driver asks workers for, and when it asks again; workers are stood in for."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from tiny import fill_store, save_student, save_teacher, write_pairs
@@ -9,6 +11,7 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
 from flipkd_dist.evaluate import binary_metrics
 from flipkd_dist.run_folder import write_json
+from flipkd_dist.world import World
 
 MATCHES = binary_metrics(np.array([0.4, 0.9]), np.array([1, 1]), 0.5)  # without ranking metrics
 FIGURES = {"student": MATCHES, "student_readout": binary_metrics(np.array([0.4, 0.9]), np.array([0, 1]), 0.25)}
@@ -77,3 +80,36 @@ def test_another_number_of_checkpoints_is_evaluated_again(config, asked, monkeyp
     assert sent["mean_test.student_readout.roc_auc"] == sent["test.student_readout.roc_auc"] == 1
     assert sent["mean_test.student.accuracy"] == 0.5 and "mean_test.student.roc_auc" not in sent
     assert {key.split(".")[0] for key in sent} == {"test", "mean_test"}
+
+
+@dataclass(frozen=True)
+class Second(World):
+    """Rank 1 of 2, whose file system is behind: what rank 0 has seen decides."""
+
+    seen: tuple[bool, bool] = (True, True)
+    rank: int = 1
+    size: int = 2
+
+    def gather_object(self, value):
+        return [[self.seen], value]
+
+    def any(self, flag: bool) -> bool:
+        return True  # rank 0 has looked
+
+
+def test_what_rank_0_sees_is_what_all_ranks_do(config, monkeypatch):
+    trained = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(pipeline, "train", lambda *_: trained.append(1))
+    config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"num_workers": 2})})
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(True, True)))
+    pipeline.train_here(config)
+    assert not trained
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(False, False)))
+    with pytest.raises(UserError, match="the teacher's store lacks texts: run `flipkd score` first"):
+        pipeline.train_here(config)
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(True, False)))
+    pipeline.train_here(config)
+    assert trained

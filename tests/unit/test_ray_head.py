@@ -46,6 +46,7 @@ def test_what_ray_says_of_a_cluster_that_cannot_be_joined_becomes_a_line():
         refusal("auto", ConnectionError("none"))
     )
     assert refusal("h:1", RuntimeError("a bug")) is None
+    assert refusal("local", ValueError("object_store_memory is too small")) is None  # there is no head to look for
 
 
 def test_a_head_that_comes_back_in_time_ends_nothing(monkeypatch, listener):

@@ -2,10 +2,12 @@
 
 import pytest
 
-from flipkd_dist import ray_launch
+from flipkd_dist import engine, ray_launch
 from flipkd_dist.config import RunConfig
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.ray_launch import resize_interval_s, runs_at_once, task_options
+from flipkd_dist.run_folder import RunFolder
+from flipkd_dist.world import World
 
 
 def test_memory_is_no_resource_of_the_users_own():
@@ -33,3 +35,26 @@ def test_how_often_room_for_more_workers_is_looked_for(monkeypatch):
         monkeypatch.setenv("FLIPKD_RESIZE_INTERVAL_S", wrong)
         with pytest.raises(UserError, match=f"^FLIPKD_RESIZE_INTERVAL_S = '{wrong}': not a number of seconds above 0"):
             resize_interval_s()
+
+
+def test_a_stop_is_raised_where_the_disk_has_no_room_for_its_word(monkeypatch, tmp_path):
+    """Ray Train would start workers again that failed to write the line."""
+    monkeypatch.setattr(engine, "join_world", lambda *_: World())
+    stopped = StoppedOnRequest("no space left: step 20's checkpoint was not written")
+
+    def train(*_):
+        raise stopped
+
+    monkeypatch.setattr("flipkd_dist.train.train", train)
+    config = RunConfig(name="full", output_dir=str(tmp_path))
+    config.run_dir.mkdir()
+    work = {"stages": ["train"], "trained": None, "mlflow_run_id": None}
+    ray_launch._stages(config, work)
+    assert RunFolder(config).stop.read_text() == str(stopped)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ray_launch, "write_whole", full)
+    with pytest.raises(StoppedOnRequest, match="step 20's checkpoint was not written"):
+        ray_launch._stages(config, work)

@@ -188,3 +188,47 @@ def test_before_ray_changes_the_number_of_workers_they_save(watch, config, clock
     before = clock[0]
     watch.updated("Resizing", True, free)  # the evaluation is all that runs
     assert clock[0] == before and not save.exists()
+
+
+def test_a_worker_that_ray_ended_or_lost_is_no_end(watch, config):
+    watch.failed({1: ValueError("no class of ours")}, {1: "was ended by Ray: its node had no memory left"})
+    assert str(watch.cause).endswith("had no memory left") and not watch.cause.final
+
+
+def test_a_start_that_fails_is_told_and_tried_only_as_often_as_max_failures_says(watch, said):
+    reason = "RayActorError: No module named 'flipkd'"
+
+    def fail() -> None:
+        watch.updated("Rescheduling", True, free, reason)
+        watch.updated("Rescheduling", True, free, reason)  # the same one, looked at again
+        watch.updated("Scheduling", True, free)
+
+    fail()
+    watch.started({0: "node1", 1: "node2"})
+    for _ in range(3):
+        fail()
+    assert said[-3:] == [
+        f"train: the workers could not be started ({reason}): tried again ({number} of 3)" for number in (1, 2, 3)
+    ]
+    with pytest.raises(WorkerFailed, match=r"could not be started, 4 times in a row \(RayActorError: No module"):
+        fail()
+
+
+def test_a_stop_that_finds_no_room_for_its_word_comes_by_the_controller(watch):
+    line = "no space left: step 20's checkpoint was not written"
+    with pytest.raises(StoppedOnRequest, match=f"^{line}$"):
+        watch.failed({0: StoppedOnRequest(line), 1: RESET}, {})
+
+
+def test_where_a_worker_has_failed_nobody_waits_for_its_checkpoint(watch, config, clock):
+    note(config.run_dir, 0, RESET)
+    before = clock[0]
+    watch.updated("Resizing", True, free)
+    assert clock[0] == before and not RunFolder(config).save.exists()
+
+
+def test_workers_that_need_nothing_have_room_on_any_node(config, clock):
+    watch = Watch(config, ["train"], "abc", {"CPU": 0.0}, None)
+    for _ in range(300):
+        watch.updated("Scheduling", True, free)
+    assert clock[0] > 1200

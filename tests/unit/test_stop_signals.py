@@ -23,3 +23,19 @@ def test_asked_again_it_does_not_wait(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(StoppedAtOnce, match="run the same command again"):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_in_a_call_of_rays_it_is_an_interruption_and_comes_out_as_what_it_is(tmp_path, monkeypatch):
+    """Ray lets a KeyboardInterrupt out at once, and turns any other exception of a handler into a late SystemError."""
+    within, seen = {"__name__": "ray._private.worker", "os": os, "signal": signal}, []
+    exec("def get():\n os.kill(os.getpid(), signal.SIGTERM)\n for _ in range(9): pass", within)
+    with pytest.raises(StoppedAtOnce, match=r"^stopped by SIGTERM: run the same command again to go on$"):
+        with stop.handling(stop.stop_at_once):
+            try:
+                within["get"]()
+            except BaseException as error:
+                seen.append(type(error))
+                raise SystemError("an exception set") from error
+    assert seen == [KeyboardInterrupt] and not stop.ASKED
+    with pytest.raises(KeyboardInterrupt), stop.handling(stop.stop_at_once):
+        raise KeyboardInterrupt  # of Ctrl-C
