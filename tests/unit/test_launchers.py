@@ -60,6 +60,25 @@ def test_a_mistake_is_one_line_before_anything_is_sent(folder):
     assert line.startswith("flipkd: output_dir: runs would lie in the job's copy")
 
 
+@pytest.mark.parametrize("wait", "10")
+def test_a_refused_submission_does_not_pass_for_the_job_of_that_name(folder, wait):
+    """Ray refuses a name in use; the job server would tell how the other job ended."""
+    for name, text in (("python", "echo '{}'"), ("ray", f'echo "$2" >> {folder}/asked; exit ${{FAILS:-0}}')):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+    def submit(**environ: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "JOB_ID": "mine", "WAIT": wait}
+        command = [LAUNCHERS / "ray_submit.sh", "bank.yaml"]
+        return subprocess.run(command, cwd=folder, env=environment | environ, capture_output=True, text=True)
+
+    refused = submit(FAILS="1")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "flipkd: job mine: was not submitted: see above why"
+    assert submit().returncode == 0
+    assert (folder / "asked").read_text().split() == ["submit", "submit", *["logs"] * int(wait)]
+
+
 def test_deepspeed_train_prints_its_command_once(folder):
     script = LAUNCHERS / "deepspeed_train.py"
     first, second = (
