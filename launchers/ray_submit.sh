@@ -25,7 +25,7 @@ if [ -n "${DRY_RUN:-}" ]; then
   exit 0
 fi
 
-# Apart from following it: a submission that was refused, such as one under a name in use, must not pass for that job's end.
+# Following it comes after: a submission that is refused, as for a name in use, must not pass for the end of that job.
 "${submit[@]}" || { echo "flipkd: job $JOB_ID: was not submitted: see above why" >&2; exit 1; }
 if [ "$WAIT" = 0 ]; then exit 0; fi
 ray job logs --follow "$JOB_ID" || true  # a connection may be lost: the job server knows how the job ended
