@@ -50,7 +50,8 @@ leave() {
   local now; now=$(scontrol show job "$job" 2>/dev/null)
   case $1 in
     0)
-      srun --overlap --ntasks-per-node=1 rm -rf "/tmp/fk$job"
+      local nodes=${SLURM_NNODES:-1}  # as many tasks: the job's number of them holds for each step otherwise
+      srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 rm -rf "/tmp/fk$job"
       say "DONE" ;;
     75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
       if [[ $now == *JobState=RUNNING* && ( -n $asked || $now == *" PreemptTime=2"* ) ]]; then

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from doors import LAUNCHERS, door_config, environment, opened, ray_head, same_adapter
 from namespaces import Host, hosts
+from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.system
 SCRIPT = LAUNCHERS / "deepspeed_train.py"
@@ -67,6 +68,20 @@ def test_torchrun(config, reference):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     opened([*torchrun, SCRIPT, config, "name=torchrun"])
     same_adapter(reference, reference.parent / "torchrun")
+
+
+@pytest.fixture
+def slurm():
+    with slurm_cluster() as cluster:
+        yield cluster
+
+
+def test_sbatch(config, reference, slurm):
+    """A task on each of two nodes; the store is complete, so that its first step scores nothing."""
+    log = config.parent / "sbatch.log"
+    job = slurm.submit(LAUNCHERS / "slurm_deepspeed.sbatch", config, "name=sbatch", log=log)
+    print(f"sbatch {slurm.wait_for(job, 'COMPLETED', log=log):.0f} s")
+    same_adapter(reference, reference.parent / "sbatch")
 
 
 # --- two hosts ---

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -64,7 +65,25 @@ def test_what_is_printed_is_what_is_started(stand_in, tmp_path, script):
     assert done.returncode == 0, done.stderr
     lines = started.read_text().splitlines()
     assert sorted(lines[:-1]) == sorted(said.splitlines())  # one of them runs in the background
-    assert lines[-1].strip().endswith(r"rm -rf /tmp/fk0")
+    assert lines[-1].split()[2:] == ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "rm", "-rf", "/tmp/fk0"]
+
+
+@pytest.mark.parametrize("node, said", [("0", "--head --node-ip-address=host"), ("1", "--address=host:{port}")])
+def test_the_jobs_ray_is_deaf_to_the_signal_of_a_preemption(stand_in, node, said):
+    """Also where coreutils are too old for `env --block-signal`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the head that another node waits for
+        port = server.getsockname()[1]
+        variables = dict(PORT=str(port), MASTER_ADDR="localhost", RAY_ADDRESS=f"host:{port}", RAY_TMPDIR="/tmp/fk0")
+        variables |= dict(SLURM_CPUS_ON_NODE="3", SLURM_NODEID=node)
+        path = stand_in(env="exit 1", ray='echo "$@"; grep SigBlk /proc/self/status')
+        done = subprocess.run(
+            ["bash", ROOT / "launchers" / "slurm_ray_node.sh"],
+            env=os.environ | variables | path, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    command, _, mask = done.stdout.partition("SigBlk:")
+    assert command.startswith("start ") and said.format(port=port) in command.replace("localhost", "host")
+    assert "--num-cpus=3" in command and f"--temp-dir=/tmp/fk0/{node}" in command
+    assert int(mask, 16) & 1 << signal.SIGTERM - 1
 
 
 def test_a_signal_just_before_a_step_reaches_it(stand_in, tmp_path):
