@@ -100,6 +100,7 @@ def stub(slurm, tmp_path_factory):
     """Jobs whose stages are shells that end with 75 when asked, or with the code in the file `ends_with`."""
     folder = tmp_path_factory.mktemp("stub")
     program = f"""#!/bin/bash
+        [ -z "$DRY_RUN" ] || exit 0
         trap 'sleep 1; echo saved; exit 75' USR1 TERM
         touch {folder}/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURM_PROCID
         while sleep 0.1; do [ ! -f {folder}/ends_with ] || exit $(cat {folder}/ends_with); done

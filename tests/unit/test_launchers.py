@@ -80,13 +80,13 @@ def test_a_refused_submission_does_not_pass_for_the_job_of_that_name(folder, wai
 
 
 def test_deepspeed_train_prints_its_command_once(folder):
-    script = LAUNCHERS / "deepspeed_train.py"
+    script, arguments = LAUNCHERS / "deepspeed_train.py", ["bank.yaml", OVERRIDE, "distributed.num_workers=2"]
     first, second = (
-        dry_run(folder, sys.executable, script, "--local_rank=0", "bank.yaml", OVERRIDE, RANK=rank, WORLD_SIZE="2")
+        dry_run(folder, sys.executable, script, "--local_rank=0", *arguments, RANK=rank, WORLD_SIZE="2")
         for rank in "01"
     )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     world, _, command = first.stdout.partition(": ")
     assert world == "on 2 processes"
-    assert shlex.split(command) == [sys.executable, str(script), "--local_rank=0", "bank.yaml", OVERRIDE]
+    assert shlex.split(command) == [sys.executable, str(script), "--local_rank=0", *arguments]
     assert second.stdout == ""

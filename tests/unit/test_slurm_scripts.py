@@ -59,7 +59,7 @@ def stand_in(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_printed_is_what_is_started(stand_in, tmp_path, script):
     started = tmp_path / "started"
-    path = stand_in(srun=f"printf '%q ' srun \"$@\" >> {started}; echo >> {started}", scontrol="", flipkd="")
+    path = stand_in(srun=f"printf '%q ' srun \"$@\" >> {started}; echo >> {started}", scontrol="", flipkd="", python="")
     said = bash(script, "my run.yaml", "name=a b", DRY_RUN="1", **path).stdout.replace("&\n", "\n")
     done = bash(script, "my run.yaml", "name=a b", **path)
     assert done.returncode == 0, done.stderr
@@ -98,6 +98,18 @@ def test_a_signal_just_before_a_step_reaches_it(stand_in, tmp_path):
     )  # fmt: skip
     assert done.returncode in (75, 138), done.stdout  # by its number, where the step had no time to listen
     assert "requeue 0" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "3"}, {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1"}])
+def test_a_wrong_number_of_tasks_is_said_before_anything_is_scored(stand_in, tmp_path, tasks):
+    (tmp_path / "two.yaml").write_text("name: x\ndistributed: {num_workers: 2}\ndata: {train: pairs.jsonl}\n")
+    path = stand_in(srun=f"touch {tmp_path}/started", scontrol="", flipkd="", python=f'exec {sys.executable} "$@"')
+    path["PYTHONPATH"] = str(ROOT)
+    done = bash("slurm_deepspeed", str(tmp_path / "two.yaml"), **tasks, **path)
+    assert done.returncode == 2 and not (tmp_path / "started").exists()
+    assert done.stderr.splitlines()[-1].startswith("flipkd: distributed.num_workers: it says 2, the launcher started 3")
+    done = bash("slurm_deepspeed", str(tmp_path / "two.yaml"), **path, SLURM_NTASKS="2")
+    assert done.returncode == 0 and (tmp_path / "started").exists(), done.stderr
 
 
 def test_the_projects_own_environment_where_the_active_one_lacks_flipkd(tmp_path):
