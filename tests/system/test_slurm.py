@@ -105,7 +105,8 @@ def stub(slurm, tmp_path_factory):
         touch {folder}/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURM_PROCID
         while sleep 0.1; do [ ! -f {folder}/ends_with ] || exit $(cat {folder}/ends_with); done
     """
-    for name, text in (("flipkd", "#!/bin/bash\n"), ("python", program)):
+    cleans = f"#!/bin/bash\necho $SLURM_PROCID >> {folder}/cleaned.$SLURM_JOB_ID\n"
+    for name, text in (("flipkd", "#!/bin/bash\n"), ("python", program), ("rm", cleans)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     path = f"--export=ALL,VIRTUAL_ENV=none,PATH={folder}:{slurm.environment['PATH']}"
@@ -145,6 +146,17 @@ def test_which_job_goes_back_into_the_queue(slurm, stub):
         slurm.wait_for(job, "FAILED", "COMPLETED", log=folder / f"{code}.log")
         assert (slurm.job(job)["ExitCode"], slurm.job(job)["Restarts"]) == (f"{code}:0", "0")
         assert (folder / f"{code}.log").read_text().rstrip().endswith("DONE") == (code == 0)
+
+
+def test_two_tasks_on_a_node(slurm, stub):
+    """Each has its rank, and the clean-up at the end is one task."""
+    folder, path = stub
+    log = folder / "two.log"
+    (folder / "ends_with").write_text("0")
+    job = slurm.submit(path, "--nodes=1", "--ntasks-per-node=2", "--overcommit", DEEPSPEED, "a.yaml", log=log)
+    slurm.wait_for(job, "COMPLETED", log=log)
+    assert sorted(file.name for file in folder.glob(f"{job}.*")) == [f"{job}.0.0", f"{job}.0.1"]
+    assert (folder / f"cleaned.{job}").read_text() == "0\n" and "srun: warning" not in log.read_text()
 
 
 def test_ray_of_a_job_trains_on_both_nodes(by_ray):

@@ -37,9 +37,11 @@ def test_the_commands_of_plain_deepspeed():
 
 
 def test_the_commands_of_ray():
-    said = bash("slurm_ray", "my run.yaml", DRY_RUN="1", VERB="train", SLURM_NNODES="3").stdout.splitlines()
+    said = bash(
+        "slurm_ray", "my run.yaml", DRY_RUN="1", VERB="train", SLURM_NNODES="3", WAIT_S="900"
+    ).stdout.splitlines()
     assert "--nodes=3" in said[0] and said[0].endswith("slurm_ray_node.sh &")
-    assert said[1].split()[-2:] == ["launchers/wait_for_nodes.py", "3"]
+    assert said[1].split()[-3:] == ["launchers/wait_for_nodes.py", "3", "900"]
     assert said[2].strip().endswith(r"flipkd train my\ run.yaml") and len(said) == 3
 
 
