@@ -153,7 +153,7 @@ def test_two_tasks_on_a_node(slurm, stub):
     folder, path = stub
     log = folder / "two.log"
     (folder / "ends_with").write_text("0")
-    job = slurm.submit(path, "--nodes=1", "--ntasks-per-node=2", "--overcommit", DEEPSPEED, "a.yaml", log=log)
+    job = slurm.submit(path, "--partition=wide", "--nodes=1", "--ntasks-per-node=2", DEEPSPEED, "a.yaml", log=log)
     slurm.wait_for(job, "COMPLETED", log=log)
     assert sorted(file.name for file in folder.glob(f"{job}.*")) == [f"{job}.0.0", f"{job}.0.1"]
     assert (folder / f"cleaned.{job}").read_text() == "0\n" and "srun: warning" not in log.read_text()
