@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from doors import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
 NODES = ("node1", "node2", "node3")
@@ -62,14 +63,6 @@ PartitionName=abrupt Nodes=node[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTim
 PartitionName=high Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 PartitionName=wide Nodes=node3 MaxTime=INFINITE
 """
-
-
-def _free_ports(count: int) -> list[int]:
-    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in with_ports]
-    for server in with_ports:
-        server.close()
-    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -230,7 +223,7 @@ def _write(folder: Path, kill_wait_s: int) -> None:
     key.write_bytes(os.urandom(64))
     key.chmod(0o400)
     values = {"folder": folder, "host": socket.gethostname().split(".")[0], "kill_wait_s": kill_wait_s}
-    text = CONFIGURATION.format(**values, ports=_free_ports(1 + len(NODES)), first_job=_first_job())
+    text = CONFIGURATION.format(**values, ports=free_ports(1 + len(NODES)), first_job=_first_job())
     (folder / "slurm.conf").write_text(text)
 
 

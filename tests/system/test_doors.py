@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from doors import LAUNCHERS, door_config, environment, opened, ray_head, same_adapter
+from doors import LAUNCHERS, door_config, end, environment, opened, ray_head, same_adapter
 from namespaces import Host, hosts
 from slurm_cluster import slurm_cluster
 
@@ -51,7 +51,7 @@ def test_ray_job(config, cluster, reference):
         opened(["ray", "job", "stop", "--no-wait", "stopped"], RAY_ADDRESS=cluster[1])
         said = stopped.communicate(timeout=200)[1]
     finally:
-        stopped.kill()
+        end(stopped)
     assert stopped.returncode == 75, said[-3000:]
     assert said.splitlines()[-1] == "flipkd: job stopped was stopped: submit it again to go on"
     assert not (folder / "adapter").exists()
@@ -114,7 +114,7 @@ def test_deepspeed_without_ssh(config, reference, two_hosts):
         said = [process.communicate(timeout=300)[1] for process in started]
     finally:
         for process in started:
-            process.kill()
+            end(process)
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
     same_adapter(reference, reference.parent / "no_ssh")
 
