@@ -12,10 +12,11 @@ export MASTER_ADDR=${MASTER_ADDR:-${address:-localhost}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export RAY_TMPDIR=/tmp/fk$job  # of this job alone, and short: a socket's path has 107 characters at most
 
-# Before the limit USR1 comes to this shell alone; it goes on to the step's tasks, which write a checkpoint and end with 75.
-asked="" step="" ray=""
 # Whatever the site sets: a task that has ended early ends no other one.
 srun=(srun --overlap --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+
+# Before the limit USR1 comes to this shell alone; it goes on to the step's tasks, which write a checkpoint and end with 75.
+asked="" step="" ray=""
 trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 
 say() { echo "$(date '+%F %T') job $job: $*"; }
