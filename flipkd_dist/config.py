@@ -243,6 +243,14 @@ class DistributedConfig(Section):
         """What the contrast batch is sized for."""
         return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
 
+    def check_started(self, count: int) -> None:
+        """Refuse to train with a number of processes that is not `num_workers`, by a UserError."""
+        if not self.min_workers <= count <= self.max_workers:
+            raise UserError(
+                f"distributed.num_workers: it says {self.num_workers}, the launcher started {count} processes: "
+                "make them agree"
+            )
+
 
 class TrackingConfig(Section):
     mlflow_tracking_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the run folder

@@ -5,6 +5,7 @@ directory, on a machine of the cluster, and Ray removes the copy afterwards.
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from flipkd_dist.config import RunConfig, load_config
 from flipkd_dist.errors import UserError
 
 EXCLUDES = ("runs/", ".git/", ".venv/")  # of the working directory; besides, Ray obeys .gitignore
+IGNORES = (".gitignore", ".rayignore")  # in Ray's order
 PASSED_ON = (
     "HF_HUB_OFFLINE",
     "HF_HOME",
@@ -121,6 +123,29 @@ def _check_goes_along(key: str, value: str) -> None:
         raise UserError(f"{key}: {value} is not sent along ({', '.join(EXCLUDES)} stay here): move it")
     if ":" not in value and not path.exists():
         raise UserError(f"{key}: {value} is not in the working directory {Path.cwd()}: {remedy}")
+    if path.exists() and (named := _ignored_by(path)):
+        raise UserError(
+            f"{key}: {value} is not sent along, {named} leaves it out: take it out there, or give an absolute path on "
+            "storage that every node shares"
+        )
+
+
+def _ignored_by(path: Path) -> Path | None:
+    """The file that keeps a path out of what Ray sends, read as Ray reads it, in each folder on the way there."""
+    whole = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE") == "1"  # Ray's own setting for the same
+    folder, rules = Path(), []
+    for part in Path(os.path.normpath(path)).parts:
+        found = [folder / name for name in IGNORES[whole:] if (folder / name).is_file()]
+        if found:
+            from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+            log = logging.getLogger(__name__)
+            rules += zip(found, get_excludes_from_ignore_files(folder, not whole, log), strict=True)
+        folder /= part
+        for file, leaves_out in rules:
+            if leaves_out(folder):
+                return file
+    return None
 
 
 def submission(verb: str, arguments: list[str], environ: Mapping[str, str]) -> str:

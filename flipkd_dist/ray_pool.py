@@ -6,7 +6,6 @@ work; a shard that its actors never survive ends the pool. Imports ray inside it
 
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from flipkd_dist.teacher_source import TeacherSource
 logger = logging.getLogger("flipkd_dist")
 IN_FLIGHT = 2  # shards of an actor, in work and waiting: it never waits for the driver, and the driver reads no further
 RETRIES = 3  # of a shard whose actor died, and of starts in a row that failed
+NODE_GROUP = "ray.io/node-group"  # the label that Ray makes of RAY_NODE_TYPE_NAME
 POLL_S = 1.0  # how often the pool looks whether the cluster has got room
 
 
@@ -73,10 +73,10 @@ def task_options(resources: dict[str, float]) -> dict[str, Any]:
 
 
 def autoscales() -> bool:
-    """Whether the joined cluster was started with a cluster configuration that can add nodes."""
-    from ray.experimental.internal_kv import _internal_kv_get
+    """Whether nodes may come to the joined cluster: `ray up` and KubeRay name the group of each that they start."""
+    import ray
 
-    return bool(_internal_kv_get("__autoscaling_config")) or "RAY_CLOUD_INSTANCE_ID" in os.environ
+    return any(node["Alive"] and NODE_GROUP in node["Labels"] for node in ray.nodes())
 
 
 def map_on_actors(source: TeacherSource, store: Store, timeout_s: float, shards: Iterator[list[str]]) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """`deepspeed --num_gpus N launchers/deepspeed_train.py CONFIG [key=value ...]`; also under torchrun, and under srun.
 
 `distributed.num_workers` must be the number of processes. Every process runs this file and ends in the same `train` as
-`flipkd train`. The teacher's store has to be there: `flipkd score CONFIG` fills it. With DRY_RUN=1 rank 0 prints its
-command, and nothing is trained. See docs/launchers.md.
+`flipkd train`. The teacher's store has to be there: `flipkd score CONFIG` fills it. With DRY_RUN=1 configuration and
+number are checked, rank 0 prints its command, and nothing is trained. See docs/launchers.md.
 """
 
 import argparse
@@ -28,14 +28,17 @@ def main() -> None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     os.environ.update(slurm_world(os.environ))
     set_up_logging()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    dry = bool(os.environ.get("DRY_RUN"))
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if dry:
+            config.distributed.check_started(size)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"flipkd: {error}", file=sys.stderr)
         sys.exit(2)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("DRY_RUN"):
+    if dry:
         if rank == 0:
             print(f"on {size} processes:", shlex.join([sys.executable, *sys.argv]))
         return

@@ -17,15 +17,16 @@ cd "$WORKING_DIR"
 # Configuration and paths are checked here; a mistake ends this script with 2 before anything is sent.
 runtime_env=$(python -m flipkd_dist.ray_job submission "$VERB" "$@")
 
-submit=(ray job submit --submission-id "$JOB_ID" --working-dir . --runtime-env-json "$runtime_env")
-if [ "$WAIT" = 0 ]; then submit+=(--no-wait); fi
+submit=(ray job submit --submission-id "$JOB_ID" --no-wait --working-dir . --runtime-env-json "$runtime_env")
 submit+=(-- python -m flipkd_dist "$VERB" "$@")
 
 if [ -n "${DRY_RUN:-}" ]; then
   printf '%q ' "${submit[@]}" && echo
   exit 0
 fi
-if [ "$WAIT" = 0 ]; then exec "${submit[@]}"; fi
 
-"${submit[@]}" || true  # 1 whatever the job ended with: the job server knows better
+# Following it comes after: a submission that is refused, as for a name in use, must not pass for the end of that job.
+"${submit[@]}" || { echo "flipkd: job $JOB_ID: was not submitted: see above why" >&2; exit 1; }
+if [ "$WAIT" = 0 ]; then exit 0; fi
+ray job logs --follow "$JOB_ID" || true  # a connection may be lost: the job server knows how the job ended
 exec python -m flipkd_dist.ray_job outcome "$JOB_ID"

@@ -11,4 +11,6 @@ else
 fi
 # On preemption Slurm sends TERM to every process of every step. It is blocked here, or Ray would be gone before the
 # checkpoint; what ends this Ray is SIGKILL, by the batch script or by Slurm.
-exec env --block-signal=TERM ray start "$@" $options
+exec python -c 'import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.execvp(sys.argv[1], sys.argv[1:])' ray start "$@" $options

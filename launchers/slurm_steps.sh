@@ -2,7 +2,7 @@
 # for, so that signals come to the step and its exit code decides what becomes of the job.
 job=${SLURM_JOB_ID:-0}
 port=$((20000 + job % 500 * 20))  # the job's own 20 ports on each of its nodes
-[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [ ! -f .venv/bin/activate ] || . .venv/bin/activate
+command -v flipkd >/dev/null || [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 
 # The first node is where processes meet, by the address at which Slurm reaches it: its name may mean nothing elsewhere.
 first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)
@@ -12,28 +12,30 @@ export MASTER_ADDR=${MASTER_ADDR:-${address:-localhost}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export RAY_TMPDIR=/tmp/fk$job  # of this job alone, and short: a socket's path has 107 characters at most
 
+# Whatever the site sets: a task that has ended early ends no other one.
+srun=(srun --overlap --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+
 # Before the limit USR1 comes to this shell alone; it goes on to the step's tasks, which write a checkpoint and end with 75.
 asked="" step="" ray=""
 trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 
 say() { echo "$(date '+%F %T') job $job: $*"; }
 
-start() {  # in the background, whatever the site sets: a task that has ended early ends no other one
-  srun --overlap --kill-on-bad-exit=0 --wait=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" & step=$!
-}
-
-background() {  # the same, for a step that lasts as long as the job
-  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' srun "${@:2}"; echo "&"; return; fi
-  start "${@:2}"
-  ray=$step step=""
+background() {  # a step that lasts as long as the job
+  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${srun[@]}" "${@:2}"; echo "&"; return; fi
+  "${srun[@]}" "${@:2}" & ray=$!
 }
 
 stage() {  # NAME, then srun's options and the command; leaves the job if it fails
   local name=$1; shift
-  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' srun "$@"; echo; return; fi
+  if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${srun[@]}" "$@"; echo; return; fi
   [ -z "$asked" ] || leave 75
   say "$name, start $((${SLURM_RESTART_COUNT:-0} + 1))"
-  start "$@"
+  "${srun[@]}" "$@" & local new=$!
+  # Until srun is there, the process is a copy of this shell, and a signal would be lost in its trap.
+  while [ "$(cat "/proc/$new/comm" 2>/dev/null)" = "$(cat /proc/$$/comm)" ]; do sleep 0.01; done
+  step=$new
+  [ -z "$asked" ] || kill -USR1 "$step" 2>/dev/null  # it came after the question above, when the trap knew no step
   local code=0; wait "$step" || code=$?
   while [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; do code=0; wait "$step" || code=$?; done
   step=""
@@ -49,7 +51,8 @@ leave() {
   local now; now=$(scontrol show job "$job" 2>/dev/null)
   case $1 in
     0)
-      srun --overlap --ntasks-per-node=1 rm -rf "/tmp/fk$job"
+      local nodes=${SLURM_NNODES:-1}  # as many tasks: the job's number of them holds for each step otherwise
+      srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 rm -rf "/tmp/fk$job"
       say "DONE" ;;
     75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
       if [[ $now == *JobState=RUNNING* && ( -n $asked || $now == *" PreemptTime=2"* ) ]]; then

@@ -1,4 +1,4 @@
-"""`python launchers/wait_for_nodes.py NODES [SECONDS]`: wait until the Ray cluster at RAY_ADDRESS has so many nodes."""
+"""`python launchers/wait_for_nodes.py NODES SECONDS`: wait until the Ray cluster at RAY_ADDRESS has so many nodes."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def nodes_at(address: str) -> int:
 
 
 def main() -> None:
-    wanted, patience_s = int(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 300.0
+    wanted, patience_s = int(sys.argv[1]), float(sys.argv[2])
     address, deadline, there = os.environ["RAY_ADDRESS"], time.monotonic() + patience_s, 0
     while time.monotonic() < deadline:
         there = nodes_at(address) if answers(address) else 0
@@ -38,8 +38,8 @@ def main() -> None:
             return
         time.sleep(1)
     print(
-        f"flipkd: RAY_ADDRESS: {there} of {wanted} Ray nodes at {address} within {patience_s:g} s: "
-        "see what the missing ones said above, and whether they reach this address",
+        f"flipkd: RAY_ADDRESS: {there} of {wanted} Ray nodes at {address} within {patience_s:g} s: see what the "
+        "missing ones said above, and whether they reach this address; export WAIT_S for more time",
         file=sys.stderr,
     )
     sys.exit(1)

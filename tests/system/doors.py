@@ -46,13 +46,18 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def opened(command: Sequence[object], timeout_s: float = 500, **changes: str) -> subprocess.CompletedProcess:
-    """A command that has to end well."""
-    begun = time.monotonic()
-    done = subprocess.run(
-        list(map(str, command)), env=environment(**changes), capture_output=True, text=True, timeout=timeout_s
+    """A command that has to end well; one that takes too long ends with all that it started."""
+    begun, words = time.monotonic(), list(map(str, command))
+    process = subprocess.Popen(
+        words, env=environment(**changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    try:
+        said = process.communicate(timeout=timeout_s)
+    finally:
+        end(process)
+    done = subprocess.CompletedProcess(words, process.returncode, *said)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    print(f"{Path(str(command[0])).name} {time.monotonic() - begun:.0f} s")
+    print(f"{Path(words[0]).name} {time.monotonic() - begun:.0f} s")
     return done
 
 
@@ -69,6 +74,7 @@ def same_adapter(run: Path, other: Path) -> float:
 
 
 def free_ports(count: int) -> list[int]:
+    """Different ones of this host, free a moment ago."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,7 +1,8 @@
-"""A real Slurm of two nodes on this host, for tests: munged, slurmctld and two slurmd, in a folder of their own.
+"""A real Slurm of three nodes on this host, for tests: munged, slurmctld and a slurmd each, in a folder of their own.
 
-Both nodes are this host at 127.0.0.1, on ports that were free, with one CPU each. Partition `low` is preempted by
-`high` with a time of grace, `abrupt` without. Needs root and the packages that tests/system/install.sh installs.
+The nodes are this host at 127.0.0.1, on ports that were free: two with one CPU, one with two (partition `wide`).
+Partition `low` is preempted by `high` with a time of grace, `abrupt` without. Needs root and the packages that
+tests/system/install.sh installs.
 """
 
 import os
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from doors import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
-NUM_NODES = 2
+NODES = ("node1", "node2", "node3")
 PATIENCE_S = 400
 FIRST_PORT, PORTS_PER_JOB, BLOCKS = 20000, 20, 500  # as in the batch scripts
 CONFIGURATION = """\
@@ -55,18 +57,12 @@ KillWait={kill_wait_s}
 SlurmdTimeout=300
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 MaxTime=INFINITE
-PartitionName=abrupt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
+NodeName=node3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2
+PartitionName=low Nodes=node[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 MaxTime=INFINITE
+PartitionName=abrupt Nodes=node[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE
+PartitionName=high Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
+PartitionName=wide Nodes=node3 MaxTime=INFINITE
 """
-
-
-def _free_ports(count: int) -> list[int]:
-    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in with_ports]
-    for server in with_ports:
-        server.close()
-    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -128,8 +124,8 @@ class Slurm:
         return self.jobs[-1]
 
     def is_idle(self) -> bool:
-        said = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False)
-        return said.split() == ["idle"] * NUM_NODES
+        said = self.call("sinfo", "--noheader", "--Node", "--format=%N %T", check=False)
+        return {tuple(line.split()) for line in said.splitlines()} == {(node, "idle") for node in NODES}
 
     def job(self, job: int) -> dict[str, str]:
         """What the controller says of a job: JobState, ExitCode, Restarts, Reason ..."""
@@ -188,7 +184,7 @@ def _requirements() -> None:
 
 @contextmanager
 def slurm_cluster(kill_wait_s: int = 5) -> Iterator[Slurm]:
-    """Start the daemons, wait until both nodes are idle; at the end nothing of it runs.
+    """Start the daemons, wait until the nodes are idle; at the end nothing of it runs.
 
     Args:
         kill_wait_s: seconds between SIGTERM and SIGKILL of a job that is cancelled, requeued or at its limit.
@@ -211,9 +207,9 @@ def slurm_cluster(kill_wait_s: int = 5) -> Iterator[Slurm]:
         start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *own_files)
         wait_until((folder / "munge.socket").exists, "munged has its socket", 20)
         start("slurmctld", "-D", "-f", folder / "slurm.conf")
-        for number in range(NUM_NODES):
-            start("slurmd", "-D", "-N", f"node{number + 1}", "-f", folder / "slurm.conf")
-        wait_until(slurm.is_idle, f"both nodes are idle: {slurm.call('sinfo', check=False)}", 60)
+        for node in NODES:
+            start("slurmd", "-D", "-N", node, "-f", folder / "slurm.conf")
+        wait_until(slurm.is_idle, f"the nodes are idle: {slurm.call('sinfo', check=False)}", 60)
         yield slurm
     finally:
         _end(slurm, daemons)
@@ -221,13 +217,13 @@ def slurm_cluster(kill_wait_s: int = 5) -> Iterator[Slurm]:
 
 
 def _write(folder: Path, kill_wait_s: int) -> None:
-    for name in ("state", "node1", "node2"):
+    for name in ("state", *NODES):
         (folder / name).mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(64))
     key.chmod(0o400)
     values = {"folder": folder, "host": socket.gethostname().split(".")[0], "kill_wait_s": kill_wait_s}
-    text = CONFIGURATION.format(**values, ports=_free_ports(1 + NUM_NODES), first_job=_first_job())
+    text = CONFIGURATION.format(**values, ports=free_ports(1 + len(NODES)), first_job=_first_job())
     (folder / "slurm.conf").write_text(text)
 
 

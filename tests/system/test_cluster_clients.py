@@ -107,3 +107,36 @@ def test_docker_compose_takes_the_mlflow_server():
     [port] = resolved["services"]["mlflow"]["ports"]
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "5000", 5000)
     assert "$$(cat" in resolved["services"]["mlflow"]["command"][2]
+
+
+def test_pairs_that_ray_would_leave_behind_are_refused(tmp_path, monkeypatch):
+    """Ray reads the ignore files of every folder on the way; what goes along is asked of Ray itself."""
+    from ray._private.runtime_env.packaging import get_uri_for_directory
+
+    from flipkd_dist.errors import UserError
+    from flipkd_dist.ray_job import submission
+
+    def submitted(train: str) -> None:
+        submission("run", ["bank.yaml", f"data.train={train}"], {"RAY_ADDRESS": "http://head:8265"})
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/raw").mkdir(parents=True)
+    files = ("pairs.jsonl", "other.csv", "data/a.jsonl", "data/raw/b.jsonl", "data/raw/a.jsonl", "data/raw/c.csv")
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "bank.yaml").write_text("name: bank\noutput_dir: /shared/runs\ndata: {test: pairs.jsonl}\n")
+    (tmp_path / ".gitignore").write_text("*.csv\n/data/a.jsonl\n")
+    (tmp_path / "data/raw/.rayignore").write_text("b.*\n")
+    for name in files:
+        before = get_uri_for_directory(str(tmp_path), include_gitignore=True)
+        with (tmp_path / name).open("a") as file:
+            file.write(" ")
+        if get_uri_for_directory(str(tmp_path), include_gitignore=True) == before:
+            with pytest.raises(UserError, match=f"^data.train: {name} is not sent along, .*ignore leaves it out: "):
+                submitted(name)
+        else:
+            submitted(name)
+    with pytest.raises(UserError, match=r"data/raw/\.rayignore leaves"):
+        submitted("./data/raw/b.jsonl")
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    submitted("data/a.jsonl")

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from doors import LAUNCHERS, door_config, environment, opened, ray_head, same_adapter
+from doors import LAUNCHERS, door_config, end, environment, opened, ray_head, same_adapter
 from namespaces import Host, hosts
+from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.system
 SCRIPT = LAUNCHERS / "deepspeed_train.py"
@@ -50,7 +51,7 @@ def test_ray_job(config, cluster, reference):
         opened(["ray", "job", "stop", "--no-wait", "stopped"], RAY_ADDRESS=cluster[1])
         said = stopped.communicate(timeout=200)[1]
     finally:
-        stopped.kill()
+        end(stopped)
     assert stopped.returncode == 75, said[-3000:]
     assert said.splitlines()[-1] == "flipkd: job stopped was stopped: submit it again to go on"
     assert not (folder / "adapter").exists()
@@ -67,6 +68,20 @@ def test_torchrun(config, reference):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     opened([*torchrun, SCRIPT, config, "name=torchrun"])
     same_adapter(reference, reference.parent / "torchrun")
+
+
+@pytest.fixture
+def slurm():
+    with slurm_cluster() as cluster:
+        yield cluster
+
+
+def test_sbatch(config, reference, slurm):
+    """A task on each of two nodes; the store is complete, so that its first step scores nothing."""
+    log = config.parent / "sbatch.log"
+    job = slurm.submit(LAUNCHERS / "slurm_deepspeed.sbatch", config, "name=sbatch", log=log)
+    print(f"sbatch {slurm.wait_for(job, 'COMPLETED', log=log):.0f} s")
+    same_adapter(reference, reference.parent / "sbatch")
 
 
 # --- two hosts ---
@@ -99,7 +114,7 @@ def test_deepspeed_without_ssh(config, reference, two_hosts):
         said = [process.communicate(timeout=300)[1] for process in started]
     finally:
         for process in started:
-            process.kill()
+            end(process)
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
     same_adapter(reference, reference.parent / "no_ssh")
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from deadly_teacher import BrokenSource, DeadlySource
+from ray_cluster import wait_until
 from tiny import save_student, sentences
 from tiny_teacher import save_tiny_teacher
 
@@ -118,17 +119,10 @@ def kill_one() -> None:
     random.choice(victims).kill()
 
 
-def wait_until(reached, timeout_s=200.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_an_actor_is_killed_in_the_middle(joined, model, undisturbed, tmp_path):
     store = fill(make_source(model), tmp_path, NUM_TEXTS // 4, kill_one)
     assert files(tmp_path) == undisturbed and store.is_complete(TEXTS)
-    wait_until(lambda: not scorers())  # they end with the pool
+    wait_until(lambda: not scorers(), "the actors have ended")  # they end with the pool
 
 
 @pytest.mark.soak
@@ -173,7 +167,7 @@ def test_what_goes_wrong_in_an_actor_comes_out(joined, model, tmp_path):
         fill(make_source(model, DeadlySource, num_workers=1), tmp_path, texts=["a stale text"])
     with pytest.raises(UserError, match=r"^teacher folder: 3 weights are missing: get it again$"):
         fill(make_source(model, BrokenSource, num_workers=1), tmp_path)
-    wait_until(lambda: not scorers())
+    wait_until(lambda: not scorers(), "the actors have ended")
 
 
 def test_the_pool_grows_where_there_is_room_and_no_further(joined, model, tmp_path):
@@ -210,7 +204,7 @@ def test_shards_are_drawn_as_they_are_needed_and_actors_end_when_the_pool_is_clo
         next(results)
         assert len(drawn) <= num_done + 2 * 2 + 2  # in flight, done but not yet told, and the next
     results.close()
-    wait_until(lambda: not scorers())
+    wait_until(lambda: not scorers(), "the actors have ended")
 
 
 def test_threads_of_an_actor_are_its_cpus(joined, model, tmp_path):
@@ -247,7 +241,7 @@ def test_a_driver_is_killed_at_random_and_the_cluster_stays(cluster, model, undi
     options = dict(env={**os.environ, **environment()}, stderr=subprocess.PIPE, text=True)
     killed = subprocess.Popen(command, **options)
     many = random.Random(seed).randrange(1, len(undisturbed))
-    wait_until(lambda: len(files(tmp_path)) >= many or killed.poll() is not None)
+    wait_until(lambda: len(files(tmp_path)) >= many or killed.poll() is not None, "shards")
     killed.kill()
     killed.communicate()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
@@ -290,7 +284,7 @@ def test_everything_is_killed_in_the_middle_of_flipkd_score(run_config, undistur
     """The driver, its actors and Ray itself at once, as when the machine goes down."""
     folder = run_config.parent / "runs" / "killed" / "teacher"
     killed = flipkd_score(run_config)
-    wait_until(lambda: len(files(folder)) >= 5 or killed.poll() is not None)
+    wait_until(lambda: len(files(folder)) >= 5 or killed.poll() is not None, "five shards")
     family = [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]
     for process in family:
         process.kill()

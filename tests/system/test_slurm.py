@@ -5,10 +5,9 @@ import sqlite3
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.torch import load_file
+from doors import same_adapter
 from slurm_cluster import Slurm, slurm_cluster, wait_until
 from test_run import tiny_config
 
@@ -76,11 +75,7 @@ def goes_on(slurm: Slurm, job: int, times: int, folder: Path, log: Path) -> None
 
 
 def check_as_undisturbed(folder: Path, undisturbed: Path, log: Path) -> None:
-    weights = [load_file(path / "adapter/adapter_model.safetensors") for path in (folder, undisturbed)]
-    assert weights[0].keys() == weights[1].keys()
-    differences = [np.abs(weights[0][key].numpy() - weights[1][key].numpy()).max() for key in weights[0]]
-    print(f"largest difference from the undisturbed adapter: {max(differences):.1e}")
-    assert max(differences) < 1e-6
+    same_adapter(undisturbed, folder)
     assert steps(folder) == list(range(1, STEPS + 1))
     assert log.read_text().rstrip().endswith("DONE")
     assert "train" in json.loads((folder / "stages.json").read_text())
@@ -100,11 +95,13 @@ def stub(slurm, tmp_path_factory):
     """Jobs whose stages are shells that end with 75 when asked, or with the code in the file `ends_with`."""
     folder = tmp_path_factory.mktemp("stub")
     program = f"""#!/bin/bash
+        [ -z "$DRY_RUN" ] || exit 0
         trap 'sleep 1; echo saved; exit 75' USR1 TERM
         touch {folder}/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURM_PROCID
         while sleep 0.1; do [ ! -f {folder}/ends_with ] || exit $(cat {folder}/ends_with); done
     """
-    for name, text in (("flipkd", "#!/bin/bash\n"), ("python", program)):
+    cleans = f"#!/bin/bash\necho $SLURM_PROCID >> {folder}/cleaned.$SLURM_JOB_ID\n"
+    for name, text in (("flipkd", "#!/bin/bash\n"), ("python", program), ("rm", cleans)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     path = f"--export=ALL,VIRTUAL_ENV=none,PATH={folder}:{slurm.environment['PATH']}"
@@ -144,6 +141,17 @@ def test_which_job_goes_back_into_the_queue(slurm, stub):
         slurm.wait_for(job, "FAILED", "COMPLETED", log=folder / f"{code}.log")
         assert (slurm.job(job)["ExitCode"], slurm.job(job)["Restarts"]) == (f"{code}:0", "0")
         assert (folder / f"{code}.log").read_text().rstrip().endswith("DONE") == (code == 0)
+
+
+def test_two_tasks_on_a_node(slurm, stub):
+    """Each has its rank, and the clean-up at the end is one task."""
+    folder, path = stub
+    log = folder / "two.log"
+    (folder / "ends_with").write_text("0")
+    job = slurm.submit(path, "--partition=wide", "--nodes=1", "--ntasks-per-node=2", DEEPSPEED, "a.yaml", log=log)
+    slurm.wait_for(job, "COMPLETED", log=log)
+    assert sorted(file.name for file in folder.glob(f"{job}.*")) == [f"{job}.0.0", f"{job}.0.1"]
+    assert (folder / f"cleaned.{job}").read_text() == "0\n" and "srun: warning" not in log.read_text()
 
 
 def test_ray_of_a_job_trains_on_both_nodes(by_ray):

@@ -170,6 +170,8 @@ def test_paths_of_the_run_are_on_the_storage_that_every_place_mounts():
     assert all(path.startswith("/mnt/flipkd/") for path in paths)
     for place in ("aws", "gcp"):
         assert "/mnt/flipkd" in " ".join(documents(f"ray_{place}.yaml")[0]["initialization_commands"])
+    aws = documents("ray_aws.yaml")[0]  # a new file system there is root's, and Ray runs as another user
+    assert aws["initialization_commands"][-1] == f"sudo chown {aws['auth']['ssh_user']} /mnt/flipkd"
     assert "--volume /mnt/flipkd:/mnt/flipkd" in documents("ray_gcp.yaml")[0]["docker"]["run_options"]
 
 

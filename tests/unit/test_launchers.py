@@ -60,14 +60,47 @@ def test_a_mistake_is_one_line_before_anything_is_sent(folder):
     assert line.startswith("flipkd: output_dir: runs would lie in the job's copy")
 
 
+@pytest.mark.parametrize("fails", ["update", "install", ""])
+def test_packages_that_cannot_be_installed_do_not_end_the_tests(folder, fails):
+    """`make test` goes on without a mirror: those tests skip."""
+    stand_ins = {"apt-get": f'[ "$1" != "{fails}" ]', "dpkg": "exit 1", "id": "echo 0", "rm": "", "chmod": ""}
+    for name, text in stand_ins.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    script = (LAUNCHERS.parent / "tests/system/install.sh").read_text().replace("/usr/sbin", str(folder / "bin"))
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("will skip" in done.stdout) == bool(fails)
+
+
+@pytest.mark.parametrize("wait", "10")
+def test_a_refused_submission_does_not_pass_for_the_job_of_that_name(folder, wait):
+    """Ray refuses a name in use; the job server would tell how the other job ended."""
+    for name, text in (("python", "echo '{}'"), ("ray", f'echo "$2" >> {folder}/asked; exit ${{FAILS:-0}}')):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+    def submit(**environ: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "JOB_ID": "mine", "WAIT": wait}
+        command = [LAUNCHERS / "ray_submit.sh", "bank.yaml"]
+        return subprocess.run(command, cwd=folder, env=environment | environ, capture_output=True, text=True)
+
+    refused = submit(FAILS="1")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == "flipkd: job mine: was not submitted: see above why"
+    assert submit().returncode == 0
+    assert (folder / "asked").read_text().split() == ["submit", "submit", *["logs"] * int(wait)]
+
+
 def test_deepspeed_train_prints_its_command_once(folder):
-    script = LAUNCHERS / "deepspeed_train.py"
+    script, arguments = LAUNCHERS / "deepspeed_train.py", ["bank.yaml", OVERRIDE, "distributed.num_workers=2"]
     first, second = (
-        dry_run(folder, sys.executable, script, "--local_rank=0", "bank.yaml", OVERRIDE, RANK=rank, WORLD_SIZE="2")
+        dry_run(folder, sys.executable, script, "--local_rank=0", *arguments, RANK=rank, WORLD_SIZE="2")
         for rank in "01"
     )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     world, _, command = first.stdout.partition(": ")
     assert world == "on 2 processes"
-    assert shlex.split(command) == [sys.executable, str(script), "--local_rank=0", "bank.yaml", OVERRIDE]
+    assert shlex.split(command) == [sys.executable, str(script), "--local_rank=0", *arguments]
     assert second.stdout == ""

@@ -225,6 +225,15 @@ def test_a_long_load_is_no_lack_of_room(made, caplog, clock):
         list(pool.run())
 
 
+def test_nodes_may_come_where_those_there_are_of_a_named_group(monkeypatch):
+    """As Ray 2.60 tells of its nodes, those of `RAY_NODE_TYPE_NAME=head ray start --head` and of a plain one."""
+    plain = {"NodeID": "8b91", "Alive": True, "Resources": {"CPU": 1.0}, "Labels": {"ray.io/node-id": "8b91"}}
+    of_group = {**plain, "NodeID": "a55e", "Labels": {"ray.io/node-group": "head", "ray.io/node-id": "a55e"}}
+    for nodes, grows in (([plain], False), ([plain, of_group], True), ([plain, {**of_group, "Alive": False}], False)):
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda nodes=nodes: nodes))
+        assert ray_pool.autoscales() == grows
+
+
 @pytest.mark.parametrize("scales, sizes", [(True, [1, 2, 4, 8, 9]), (False, [1, 2, 3, 4, 5, 6, 7, 8, 9])])
 def test_with_an_autoscaler_the_pool_doubles(made, monkeypatch, scales, sizes):
     endless = ([f"text {number}"] for number in range(10**6))

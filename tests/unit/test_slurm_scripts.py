@@ -1,6 +1,8 @@
 """What the batch scripts would start, as DRY_RUN=1 prints it, and what they refuse; tests/system runs them."""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("slurm_ray", "slurm_deepspeed")
+SRUN = ("srun", "--overlap", "--kill-on-bad-exit=0", "--wait=0", "--cpus-per-task=1")
 
 
 def bash(script: str, *arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
@@ -29,15 +32,98 @@ def test_the_commands_of_plain_deepspeed():
     assert done.returncode == 0
     assert [line.split("flipkd ")[-1].strip() for line in done.stdout.splitlines()] == [
         r"score my\ run.yaml name=a\ b",
-        r"srun python launchers/deepspeed_train.py my\ run.yaml name=a\ b",
+        rf"{' '.join(SRUN)} python launchers/deepspeed_train.py my\ run.yaml name=a\ b",
     ]
 
 
 def test_the_commands_of_ray():
-    said = bash("slurm_ray", "my run.yaml", DRY_RUN="1", VERB="train", SLURM_NNODES="3").stdout.splitlines()
+    said = bash(
+        "slurm_ray", "my run.yaml", DRY_RUN="1", VERB="train", SLURM_NNODES="3", WAIT_S="900"
+    ).stdout.splitlines()
     assert "--nodes=3" in said[0] and said[0].endswith("slurm_ray_node.sh &")
-    assert said[1].split()[-2:] == ["launchers/wait_for_nodes.py", "3"]
+    assert said[1].split()[-3:] == ["launchers/wait_for_nodes.py", "3", "900"]
     assert said[2].strip().endswith(r"flipkd train my\ run.yaml") and len(said) == 3
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Programs that are shells; the variables that have a script of ours take them."""
+
+    def put(**programs: str) -> dict[str, str]:
+        for name, text in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        return {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    return put
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_printed_is_what_is_started(stand_in, tmp_path, script):
+    started = tmp_path / "started"
+    path = stand_in(srun=f"printf '%q ' srun \"$@\" >> {started}; echo >> {started}", scontrol="", flipkd="", python="")
+    said = bash(script, "my run.yaml", "name=a b", DRY_RUN="1", **path).stdout.replace("&\n", "\n")
+    done = bash(script, "my run.yaml", "name=a b", **path)
+    assert done.returncode == 0, done.stderr
+    lines = started.read_text().splitlines()
+    assert sorted(lines[:-1]) == sorted(said.splitlines())  # one of them runs in the background
+    assert lines[-1].split()[2:] == ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "rm", "-rf", "/tmp/fk0"]
+
+
+@pytest.mark.parametrize("node, said", [("0", "--head --node-ip-address=host"), ("1", "--address=host:{port}")])
+def test_the_jobs_ray_is_deaf_to_the_signal_of_a_preemption(stand_in, node, said):
+    """Also where coreutils are too old for `env --block-signal`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the head that another node waits for
+        port = server.getsockname()[1]
+        variables = dict(PORT=str(port), MASTER_ADDR="localhost", RAY_ADDRESS=f"host:{port}", RAY_TMPDIR="/tmp/fk0")
+        variables |= dict(SLURM_CPUS_ON_NODE="3", SLURM_NODEID=node)
+        path = stand_in(env="exit 1", ray='echo "$@"; grep SigBlk /proc/self/status')
+        done = subprocess.run(
+            ["bash", ROOT / "launchers" / "slurm_ray_node.sh"],
+            env=os.environ | variables | path, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    command, _, mask = done.stdout.partition("SigBlk:")
+    assert command.startswith("start ") and said.format(port=port) in command.replace("localhost", "host")
+    assert "--num-cpus=3" in command and f"--temp-dir=/tmp/fk0/{node}" in command
+    assert int(mask, 16) & 1 << signal.SIGTERM - 1
+
+
+def test_a_signal_just_before_a_step_reaches_it(stand_in, tmp_path):
+    """USR1 comes once the script has asked for it and before it knows the step: here, while it says what begins."""
+    step = "trap 'exit 75' USR1; for i in {1..50}; do sleep 0.1; done"
+    asks = f"echo $@ >> {tmp_path}/asked; [ $1 = show ] || exit 1; echo JobState=RUNNING"
+    tell = "kill -USR1 $SHELL_ID; exec /bin/date"
+    shell = ". launchers/slurm_steps.sh; export SHELL_ID=$$; stage train the command; leave 0"
+    done = subprocess.run(
+        ["bash", "-uc", shell], cwd=ROOT, env=os.environ | stand_in(srun=step, scontrol=asks, date=tell, flipkd=""),
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode in (75, 138), done.stdout  # by its number, where the step had no time to listen
+    assert "requeue 0" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "3"}, {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1"}])
+def test_a_wrong_number_of_tasks_is_said_before_anything_is_scored(stand_in, tmp_path, tasks):
+    (tmp_path / "two.yaml").write_text("name: x\ndistributed: {num_workers: 2}\ndata: {train: pairs.jsonl}\n")
+    path = stand_in(srun=f"touch {tmp_path}/started", scontrol="", flipkd="", python=f'exec {sys.executable} "$@"')
+    path["PYTHONPATH"] = str(ROOT)
+    done = bash("slurm_deepspeed", str(tmp_path / "two.yaml"), **tasks, **path)
+    assert done.returncode == 2 and not (tmp_path / "started").exists()
+    assert done.stderr.splitlines()[-1].startswith("flipkd: distributed.num_workers: it says 2, the launcher started 3")
+    done = bash("slurm_deepspeed", str(tmp_path / "two.yaml"), **path, SLURM_NTASKS="2")
+    assert done.returncode == 0 and (tmp_path / "started").exists(), done.stderr
+
+
+def test_the_projects_own_environment_where_the_active_one_lacks_flipkd(tmp_path):
+    """conda's base is active in most shells."""
+    shutil.copytree(ROOT / "launchers", tmp_path / "launchers")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("echo activated\n")
+    other = {"PATH": "/usr/bin:/bin", "CONDA_PREFIX": "/opt/conda", "DRY_RUN": "1"}
+    assert bash("slurm_deepspeed", "a.yaml", folder=tmp_path, **other).stdout.startswith("activated\n")
+    (tmp_path / "flipkd").touch(mode=0o755)
+    other["PATH"] += f":{tmp_path}"
+    assert bash("slurm_deepspeed", "a.yaml", folder=tmp_path, **other).stdout.startswith("srun ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
