@@ -67,9 +67,13 @@ def client(uri: str):
 
 
 @contextmanager
-def _transferring() -> Iterator[None]:
-    """A server may take its time over a model's files, and a registration is tried again as mlflow does by itself."""
-    ours = {key: os.environ.pop(key) for key, value in BRIEF.items() if os.environ.get(key) == value}
+def _transferring(*keys: str) -> Iterator[None]:
+    """A server may take its time over files, and a registration is tried again as mlflow does by itself.
+
+    Args:
+        keys: of BRIEF; without any all of them hold for nobody now.
+    """
+    ours = {key: os.environ.pop(key) for key in keys or BRIEF if os.environ.get(key) == BRIEF[key]}
     try:
         yield
     finally:
@@ -202,7 +206,8 @@ class ServerPost:
             for start in range(0, len(parameters), MOST_PARAMETERS):
                 mlflow_client.log_batch(run, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
         elif kind == "artifact":
-            mlflow_client.log_artifact(run, message["artifact"])
+            with _transferring("MLFLOW_HTTP_REQUEST_TIMEOUT"):
+                mlflow_client.log_artifact(run, message["artifact"])
         elif message["status"] == "RUNNING":
             mlflow_client.update_run(run, status="RUNNING")
         else:
