@@ -40,14 +40,18 @@ FAULTS = {  # by the error codes of mlflow
 def tracking_uri(config: RunConfig) -> str:
     """The server that is named, else a SQLite file in the run folder; credentials may stand in the environment only."""
     named, known = config.tracking.mlflow_tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
-    if named and known and without_credentials(known) == named:
+    if named and known and _as_shown(known) == _as_shown(named):
         return known
     return named or known or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
 
 
 def shown_uri(config: RunConfig) -> str:
     """The tracking server as it may be shown and stored."""
-    return without_credentials(tracking_uri(config))
+    return _as_shown(tracking_uri(config))
+
+
+def _as_shown(uri: str) -> str:
+    return without_credentials(uri).rstrip("/")
 
 
 def client(uri: str):

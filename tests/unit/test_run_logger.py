@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from flipkd_dist import run_logger, tracking
 from flipkd_dist.config import RunConfig, without_credentials
 from flipkd_dist.errors import StoppedAtOnce, UserError
-from flipkd_dist.run_logger import RUN_FILE, RunLogger, send_waiting, training_run
+from flipkd_dist.run_logger import RUN_FILE, RunLogger, known_run, send_waiting, training_run
 from flipkd_dist.spool import Spool
 
 SECRET = "http://me:hush@there:5000"
@@ -148,16 +149,63 @@ def test_credentials_in_the_environment_serve_a_configuration_that_names_the_sam
     assert tracking.tracking_uri(plain) == "http://there:5000"
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(config, caplog, monkeypatch):
+def test_a_full_disk_is_said_once_and_what_is_logged_waits_for_room(config, down, caplog, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    put = Spool.put
     monkeypatch.setattr(Spool, "put", full)
-    logger = RunLogger(config, "r")
+    logger, before = RunLogger(config, "r"), time.time() * 1000 - 1
     logger.metrics({"loss": 1.0}, 1)
     logger.metrics({"loss": 1.0}, 2)
     [said] = caplog.messages
     assert "No space left" in said
+    after = time.time() * 1000
+    monkeypatch.setattr(Spool, "put", put)
+    logger.metrics({"loss": 1.0}, 3)
+    assert [message["step"] for message in messages(config)] == [1, 2, 3]
+    assert before <= messages(config)[0]["time"] <= after  # when it was logged
+    monkeypatch.setattr(Spool, "put", full)
+    logger.finish("KILLED")
+    assert any("1 messages are lost" in line for line in caplog.messages)
+
+
+def test_what_waits_for_another_server_stays_and_nothing_is_logged_to_the_wrong_one(config, monkeypatch, caplog):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    training_run(config, "t")
+    waiting = len(messages(config))
+    sent = []
+    monkeypatch.setattr(run_logger, "_sender", lambda config: sent.append(config))
+    elsewhere = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": None})})
+    assert not send_waiting(elsewhere) and not sent
+    assert f"{waiting} points and messages wait" in caplog.messages[-1]
+    assert "for http://there:5000" in caplog.messages[-1] and "mlflow.db" in caplog.messages[-1]
+    assert known_run(elsewhere) is None and "nothing is logged" in caplog.messages[-1]
+    assert known_run(config) == "r"
+    assert not (config.run_dir / "mlflow-refused.jsonl").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://there:5000/", "http://me:hush@there:5000/"])
+def test_a_slash_at_the_end_names_the_same_server(config, monkeypatch, uri):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    training_run(config, "t")
+    slash = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": uri})})
+    assert known_run(slash) == "r" and tracking.shown_uri(slash) == "http://there:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
+    plain = {"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": "http://there:5000/"})}
+    assert tracking.tracking_uri(config.model_copy(update=plain)) == SECRET
+
+
+def test_a_run_folder_moves_with_its_own_database(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    own = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": None})})
+    training_run(own, "t")
+    (own.run_dir / "mlflow.db").touch()
+    own.run_dir.rename(tmp_path / "moved")
+    moved = own.model_copy(update={"name": "moved"})
+    assert known_run(moved) == "r"
+    (moved.run_dir / "mlflow.db").unlink()
+    assert known_run(moved) is None
 
 
 class Store:
