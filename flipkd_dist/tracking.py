@@ -4,6 +4,7 @@ The only module that imports mlflow, inside the functions that need it (besides 
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +16,15 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig, without_credentials
 from flipkd_dist.console import quiet_others
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.model_files import one_line
 from flipkd_dist.spool import POINTS_AT_ONCE
 
+logger = logging.getLogger("flipkd_dist")
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 MOST_PARAMETERS = 100  # of one request
 LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to begin a run in a database that other runs are writing
-DOWN_WAITS_S = (1, 2, 4)  # and on a server that does not answer
+DOWN_WAITS_S = (1, 2, 4, 8, 15, 15, 15)  # and on a server that does not answer
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 KEY = "flipkd.key"  # the tag by which a run is found again whose creation was not seen to end
 # A request that fails is tried again by us, with what is new: mlflow's own way is seven times, for four minutes.
@@ -35,6 +37,7 @@ FAULTS = {  # by the error codes of mlflow
     "item": {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"},
     "run": {"RESOURCE_DOES_NOT_EXIST"},
 }  # fmt: skip
+DENIED = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -106,26 +109,37 @@ def start_run(config: RunConfig, key: str) -> str:
 
 
 @contextmanager
-def server_errors(config: RunConfig) -> Iterator[None]:
+def server_errors(config: RunConfig, is_kept: bool = False) -> Iterator[None]:
     """
+    Args:
+        is_kept: the same command goes on with what was done before.
     Raises:
-        UserError: for any error of mlflow: the server is down, or refuses.
+        UserError: for any error of mlflow: the server refuses, or it is down.
+        StoppedOnRequest: it is down, and `is_kept`.
     """
     try:
         yield
     except Exception as error:
-        if not hasattr(error, "error_code"):
+        if not hasattr(error, "error_code") and not type(error).__module__.startswith("requests."):
             raise
-        reason = without_credentials(one_line(error))
+        where = f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {without_credentials(one_line(error))}"
+        if fault(error) in ("item", "run"):
+            raise UserError(
+                f"{where}: correct it, or restore what was deleted there (`mlflow runs restore`, `mlflow experiments "
+                "restore`)"
+            ) from None
+        if is_kept and getattr(error, "error_code", None) not in DENIED:
+            raise StoppedOnRequest(
+                f"{where}: the server does not answer; everything is kept: run the same command again"
+            ) from None
         raise UserError(
-            f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {reason}: start the server, or correct the address "
-            "and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+            f"{where}: start the server, or correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
         ) from None
 
 
 def check_run(config: RunConfig, run_id: str) -> None:
-    """Ask the server for the run, which fails soon where it is down."""
-    client(tracking_uri(config)).get_run(run_id)
+    """Ask the server for the run; waits for one that is down."""
+    _patiently(lambda: client(tracking_uri(config)).get_run(run_id))
 
 
 def _find_or_create(mlflow_client: Any, config: RunConfig, key: str) -> str:
@@ -157,10 +171,13 @@ def _patiently(call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
-            waits_s = DOWN_WAITS_S if hasattr(error, "error_code") and fault(error) in ("server", "unknown") else ()
+            code, is_away = getattr(error, "error_code", None), fault(error) in ("server", "unknown")
+            waits_s = DOWN_WAITS_S if code is not None and code not in DENIED and is_away else ()
             waits_s = LOCKED_WAITS_S if "database is locked" in str(error) else waits_s
             if number >= len(waits_s):
                 raise
+            if number == 0 and waits_s == DOWN_WAITS_S:
+                logger.warning("warning: mlflow: %s: tried for a minute", without_credentials(one_line(error)))
         time.sleep(waits_s[number])
 
 
@@ -227,10 +244,9 @@ def log_pyfunc(
     example: list[tuple[str, str]],
     outputs: dict[str, Any],
     model_config: dict[str, Any],
-    description: str,
 ) -> str:
     """Log the adapter as a models-from-code pyfunc in the training's run and register it; the new version."""
-    mlflow_client = client(tracking_uri(config))
+    client(tracking_uri(config))
     import mlflow
     import pandas as pd
     from mlflow.models import infer_signature
@@ -247,7 +263,6 @@ def log_pyfunc(
             pip_requirements=[f"flipkd_dist=={version('flipkd_dist')}"],
             registered_model_name=name,
         )
-    mlflow_client.update_model_version(name, info.registered_model_version, description)
     return str(info.registered_model_version)
 
 
@@ -262,12 +277,17 @@ def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]])
     return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
 
 
-def point_alias(config: RunConfig, name: str, version: str, tags: dict[str, str]) -> None:
-    """Tag the version, and let the configured alias mean it."""
-    mlflow_client = client(tracking_uri(config))
-    for key, value in tags.items():
-        mlflow_client.set_model_version_tag(name, version, key, value)
-    mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
+def point_alias(config: RunConfig, name: str, version: str, description: str, tags: dict[str, str]) -> None:
+    """Describe and tag the version, and let the configured alias mean it."""
+
+    def point() -> None:
+        mlflow_client = client(tracking_uri(config))
+        mlflow_client.update_model_version(name, version, description)
+        for key, value in tags.items():
+            mlflow_client.set_model_version_tag(name, version, key, value)
+        mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
+
+    _patiently(point)
 
 
 def has_version(config: RunConfig, name: str, version: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from flipkd_dist import run_logger, tracking
 from flipkd_dist.config import RunConfig, without_credentials
-from flipkd_dist.errors import StoppedAtOnce, UserError
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.run_logger import RUN_FILE, RunLogger, known_run, send_waiting, training_run
 from flipkd_dist.spool import Spool
 
@@ -115,7 +115,7 @@ def test_a_known_run_goes_on_without_the_server_and_a_new_one_does_not_begin(con
     monkeypatch.setattr(tracking.time, "sleep", waited.append)
     with pytest.raises(UserError) as told:
         training_run(config, "t")
-    assert waited == [1, 2, 4]
+    assert waited == list(tracking.DOWN_WAITS_S) and 50 < sum(waited) < 70
     assert str(told.value) == (
         "tracking.mlflow_tracking_uri: http://there:5000: no answer from http://there:5000: start the server, or "
         "correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
@@ -310,6 +310,48 @@ def test_what_the_server_refuses_is_told_at_once(monkeypatch, waits):
     with pytest.raises(UserError, match="experiment is deleted"):
         begin(monkeypatch, Store(9, ServerError("INVALID_PARAMETER_VALUE", "the experiment is deleted")))
     assert not waits
+
+
+class Dropped(OSError):
+    """As the errors of requests are that mlflow hands on."""
+
+
+Dropped.__module__ = "requests.exceptions"
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (
+            ServerError("INTERNAL_ERROR"),
+            StoppedOnRequest,
+            "the server does not answer; everything is kept: run the same",
+        ),
+        (ServerError("TEMPORARILY_UNAVAILABLE"), StoppedOnRequest, "everything is kept"),
+        (Dropped("reset"), StoppedOnRequest, "everything is kept"),
+        (ServerError("UNAUTHENTICATED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
+        (ServerError("PERMISSION_DENIED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
+        (ServerError("INVALID_PARAMETER_VALUE"), UserError, "restore what was deleted"),
+        (ServerError("RESOURCE_DOES_NOT_EXIST"), UserError, "`mlflow runs restore`"),
+        (OSError(5, "broken disk"), OSError, "broken disk"),
+    ],
+)
+def test_a_server_that_is_away_is_no_mistake_of_the_user_where_the_work_is_kept(config, error, kind, said):
+    with pytest.raises(kind, match=said), tracking.server_errors(config, is_kept=True):
+        raise error
+
+
+@pytest.mark.parametrize("code, num_waits", [("INTERNAL_ERROR", 7), ("UNAUTHENTICATED", 0), ("NOT_FOUND", 0)])
+def test_a_server_that_is_away_is_asked_for_a_minute_and_one_that_refuses_once(
+    config, monkeypatch, waits, code, num_waits
+):
+    def refused(_uri):
+        raise ServerError(code)
+
+    monkeypatch.setattr(tracking, "client", refused)
+    with pytest.raises(ServerError):
+        tracking.check_run(config, "r")
+    assert len(waits) == num_waits
 
 
 def test_every_request_is_brief_unless_the_user_says_otherwise(monkeypatch):
