@@ -10,10 +10,10 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.mlflow_sender import Sender
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import ServerPost, flatten, shown_uri, start_run, tracking_uri
+from flipkd_dist.tracking import OWN, ServerPost, flatten, shown_uri, start_run, tracking_uri
 
 logger = logging.getLogger("flipkd_dist")
-RUN_FILE, OWN = "mlflow.json", "mlflow.db"
+RUN_FILE = "mlflow.json"
 PATIENCE_S = 10.0  # for a server at the end of a process
 
 

@@ -21,6 +21,7 @@ from flipkd_dist.model_files import one_line
 from flipkd_dist.spool import POINTS_AT_ONCE
 
 logger = logging.getLogger("flipkd_dist")
+OWN = "mlflow.db"  # of a run folder where no server is named
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 MOST_PARAMETERS = 100  # of one request
 LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to begin a run in a database that other runs are writing
@@ -45,7 +46,13 @@ def tracking_uri(config: RunConfig) -> str:
     named, known = config.tracking.mlflow_tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
     if named and known and _as_shown(known) == _as_shown(named):
         return known
-    return named or known or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
+    return named or known or f"sqlite:///{(config.run_dir / OWN).resolve()}"
+
+
+def has_store(config: RunConfig) -> bool:
+    """Whether there is something to ask: a server is named, or the run folder has a database of its own."""
+    named = config.tracking.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return bool(named) or (config.run_dir / OWN).exists()
 
 
 def shown_uri(config: RunConfig) -> str:

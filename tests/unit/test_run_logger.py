@@ -136,7 +136,13 @@ def test_credentials_are_neither_stored_nor_sent(config, monkeypatch):
     for path in config.run_dir.iterdir():
         assert "hush" not in path.read_text() and "there:5000" in path.read_text(), path
     assert without_credentials("postgresql://a:b@c/d, https://u:p@q@h:1/x@y") == "postgresql://c/d, https://h:1/x@y"
-    assert without_credentials("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+    for untouched in ("sqlite:////tmp/a@b.db", "http://h:5000/x@y", "https://h/a:b@c", "http://h", "", None):
+        assert without_credentials(untouched) == untouched
+    assert without_credentials("postgresql://u:pa/ss@h/db?x=1") == "postgresql://h/db?x=1"
+    assert without_credentials("mysql://h/db?user=me&password=hush&x=1 not") == "mysql://h/db?user=me&password=&x=1 not"
+    teacher = {"api_base": "https://u:hush@h/v1", "model_name_or_path": "m"}
+    shown = RunConfig.model_validate({"name": "x", "teacher": teacher}).shown()
+    assert shown["teacher"]["api_base"] == "https://h/v1"
 
 
 def test_credentials_in_the_environment_serve_a_configuration_that_names_the_same_server(config, monkeypatch):
