@@ -57,12 +57,8 @@ def promote(config: RunConfig, source: str = "challenger", target: str = "champi
             registry.set_registered_model_alias(name, alias, version)
     lines = [f"{name}: @{target} is version {new} now: {_figures(tags[new])}"]
     if old is not None:
-        kept = (
-            f"version {old}, until now @{target}"
-            if is_way_back
-            else f"@{previous_of(target)} is version {old}, until now @{target}"
-        )
-        lines.append(f"{name}: {kept}: {_figures(tags[old])}")
+        kept = "" if is_way_back else f"@{previous_of(target)} is "
+        lines.append(f"{name}: {kept}version {old}, until now @{target}: {_figures(tags[old])}")
     return lines
 
 
