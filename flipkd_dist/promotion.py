@@ -4,7 +4,7 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.tracking import OWN, client, has_store, server_errors, tracking_uri
+from flipkd_dist.tracking import OWN, client, has_store, model_name, server_errors, tracking_uri
 
 TEST_PAIRS, FIGURE = "flipkd.test_pairs", "flipkd.test."  # tags of a version: which pairs, and how it did on them
 SHOWN = ("roc_auc", "f1", "accuracy", "average_precision")
@@ -33,7 +33,7 @@ def promote(config: RunConfig, source: str = "challenger", target: str = "champi
         UserError: no version has the alias `source`; it is worse by train.metric_for_best_model on the same test
             pairs, or it cannot be compared; the server is down.
     """
-    name = config.tracking.registered_model or config.name
+    name = model_name(config)
     if not has_store(config):
         raise UserError(
             f"{config.run_dir}: there is no {OWN} in it, and no server is named: set MLFLOW_TRACKING_URI or "

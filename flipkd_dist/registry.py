@@ -12,7 +12,7 @@ from flipkd_dist.evaluate import format_table, tables_by_split
 from flipkd_dist.predict import Matcher
 from flipkd_dist.run_folder import read_json, write_json, write_whole
 from flipkd_dist.run_logger import RUN_FILE
-from flipkd_dist.tracking import download_model, has_version, load_registered, log_pyfunc, point_alias
+from flipkd_dist.tracking import download_model, has_version, load_registered, log_pyfunc, model_name, point_alias
 
 logger = logging.getLogger("flipkd_dist")
 TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
@@ -125,10 +125,6 @@ def register(
         worst,
     )
     return name, version
-
-
-def model_name(config: RunConfig) -> str:
-    return config.tracking.registered_model or config.name
 
 
 def _note_version(config: RunConfig, key: str | None, version: str) -> None:

@@ -64,6 +64,11 @@ def _as_shown(uri: str) -> str:
     return without_credentials(uri).rstrip("/")
 
 
+def model_name(config: RunConfig) -> str:
+    """The registered model that the run's adapter is a version of."""
+    return config.tracking.registered_model or config.name
+
+
 def client(uri: str):
     """A client of tracking server and registry at `uri`."""
     for key, value in BRIEF.items():

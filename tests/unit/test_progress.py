@@ -34,6 +34,6 @@ def test_without_room_for_them_no_checkpoint_says_that_they_are_there(training):
         raise OSError(28, "No space left on device")
 
     training.log.save = full
-    with pytest.raises(UserError, match="no space left on device.*metrics.jsonl.*run the same command again"):
+    with pytest.raises(UserError, match=r"no space left on device.*metrics\.jsonl.*run the same command again"):
         training._save(3, False)
     assert training.done == []
