@@ -162,14 +162,14 @@ def test_a_server_that_answers_and_takes_nothing_is_waited_for_with_few_requests
     assert not (spool.folder / "mlflow-refused.jsonl").exists()
     server.bad = set()
     until(lambda: not spool.waits())
-    assert server.steps == list(range(200))
+    assert sorted(set(server.steps)) == list(range(200))  # it may have come back while the points were tried by halves
 
 
 def test_what_is_taken_in_smaller_parts_is_not_put_aside(spool, server):
     server.most, server.bad_fault = 60, "unknown"
     for number in range(200):
         log(spool, number)
-    assert Sender(spool, server, HERE).settle(10) == 0 and server.steps == list(range(200))
+    assert Sender(spool, server, HERE).settle(10) == 0 and sorted(set(server.steps)) == list(range(200))
     assert not (spool.folder / "mlflow-refused.jsonl").exists()
 
 
