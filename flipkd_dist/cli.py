@@ -616,6 +616,9 @@ def _shares(split: str | None) -> dict[str, float] | None:
         raise UserError(f"--split {split}: write it as train=0.8,validation=0.1,test=0.1") from None
 
 
+GO_ON = {"run", "score", "teach", "train", "evaluate", "register", "compare"}  # commands that keep what they have done
+
+
 def main() -> None:
     """Entry point; exit codes 0, 1, 2 and 75 as documented in docs/reference.md."""
     set_up_logging()
@@ -645,7 +648,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if (refused := storage_reason(error)) is not None:
+        goes_on = next((word for word in sys.argv[1:] if not word.startswith("-")), None) in GO_ON
+        if goes_on and (refused := storage_reason(error)) is not None:
             sys.exit(_fail(storage_line(error, refused), 75))
         reason = without_credentials(" ".join(str(error).split()))
         sys.exit(_fail(f"{type(error).__name__}: {reason} (FLIPKD_DEBUG=1 shows where)", 1))

@@ -12,8 +12,8 @@ from flipkd_dist.comparison_rows import chosen_rows, planned_runs, settings_of
 from flipkd_dist.comparison_runs import Run, Runner, place_runs
 from flipkd_dist.config import RunConfig
 from flipkd_dist.durable import one_at_a_time
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
-from flipkd_dist.pipeline import absolute_paths
+from flipkd_dist.errors import StoppedAtOnce, UserError
+from flipkd_dist.pipeline import absolute_paths, told
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, runs_at_once
 from flipkd_dist.run_folder import RunFolder, read_json, write_json
 from flipkd_dist.run_logger import RunLogger, known_run, training_run
@@ -97,16 +97,12 @@ class Table:
         tracker.reopen()
         for run in self.runs:
             run.nest(tracker.run_id)
-        try:
+        with told(tracker):
             for run in self.runs:
                 if not run.is_finished and not is_scored(run.inputs):
                     fill_stores(run.inputs)
             Runner(self.runs, runs_at_once([run.config for run in self.runs], jobs), self.note).run()
             self.note()
-        except BaseException as error:
-            stopped = isinstance(error, StoppedOnRequest | StoppedAtOnce | KeyboardInterrupt)
-            tracker.finish("KILLED" if stopped else "FAILED")
-            raise
         tracker.finish("FAILED" if any(run.status == "failed" for run in self.runs) else "FINISHED")
 
     def open(self) -> None:

@@ -288,13 +288,21 @@ class RunConfig(Section):
     def shown(self) -> dict[str, Any]:
         """All settings, without the name and password that a server's address may hold."""
         values = self.model_dump(mode="json")
-        values["tracking"]["mlflow_tracking_uri"] = without_credentials(self.tracking.mlflow_tracking_uri)
+        for section, key in (("tracking", "mlflow_tracking_uri"), ("teacher", "api_base")):
+            values[section][key] = without_credentials(values[section][key])
         return values
 
 
+# `user:pass/word@` before a host; what looks like `host:port/` is left alone, and an @ further on in the path too.
+WITH_SLASH = re.compile(r"://[^/\s'\"@:]*:(?!\d+/)[^\s'\"]*?@(?=[^@\s/]*(?:[/\s,'\"]|$))")
+
+
 def without_credentials(text: str | None) -> str | None:
-    """A text, such as an error, whose addresses have lost `user:password@`."""
-    return text and re.sub(r"://[^/\s'\"]*@", "://", text)
+    """A text, such as an error, whose addresses have lost `user:password@` and the value of `password=`."""
+    if not text:
+        return text
+    text = WITH_SLASH.sub("://", text)
+    return re.sub(r"([?&](?:ssl)?password=)[^&\s'\"]*", r"\1", re.sub(r"://[^/\s'\"]*@", "://", text))
 
 
 def _known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -24,9 +24,13 @@ WORDS = re.compile(
     re.IGNORECASE,
 )
 
+MEMORY = re.compile(r"/dev/shm|shared memory|\bNCCL\b")  # no disk, though it is said in the same words
+
 
 def storage_reason(error: BaseException) -> str | None:
     """`no space left on device`, or how else a disk has refused; None where the error is of another kind."""
+    if MEMORY.search(str(error)):
+        return None
     if isinstance(error, OSError) and error.errno in REFUSALS:
         return os.strerror(error.errno).lower()
     if found := WORDS.search(str(error)):

@@ -161,6 +161,15 @@ class MetricLog:
                 raise
         self.unwritten.clear()
 
+    def save(self) -> None:
+        """Write what waits, for MLflow too.
+
+        Raises:
+            OSError: as `flush`.
+        """
+        self.flush()
+        self.tracker.flush()
+
     def check_first_update(self, moves: dict[str, float]) -> None:
         """After the first update something of every layer must have moved, or gradients do not reach it.
 

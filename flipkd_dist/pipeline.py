@@ -17,15 +17,16 @@ from flipkd_dist.preflight import Inputs, check_inputs, pairs_content
 from flipkd_dist.promotion import measured_tags
 from flipkd_dist.ray_launch import check_room, join_or_start_ray, run_workers
 from flipkd_dist.ray_storage import check_reached
-from flipkd_dist.registry import note_version, register, set_again
+from flipkd_dist.registry import register
 from flipkd_dist.rendezvous import master
 from flipkd_dist.run_folder import RunFolder, digest, read_json
-from flipkd_dist.run_logger import RunLogger, known_run, send_waiting, training_run
+from flipkd_dist.run_logger import RunLogger, elsewhere, known_run, send_waiting, training_run
 from flipkd_dist.score import survey
 from flipkd_dist.score_stage import score_streams, score_tables
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.teacher_stage import is_scored
+from flipkd_dist.together import together
 from flipkd_dist.tracking import check_run, server_errors, shown_uri
 from flipkd_dist.train import on_main, train
 from flipkd_dist.workbench import use_gpu_here
@@ -114,13 +115,18 @@ class Pipeline:
         with told(tracker), self._stopping() as stop:
             run_workers(self.config, stages, run_id, self.trained)
         if "train" in stages:
-            self.folder.mark_done("train", self.trained)
-            tracker.finish()
+            self.conclude(tracker)
         if "evaluate" in stages:
             self._report_evaluation()
         _say(" and ".join(stages), start)
         if stop.signalled:  # too late for a step of training
             raise StoppedOnRequest("stopped on request: run the same command again to go on")
+
+    def conclude(self, tracker: RunLogger) -> None:
+        """The training is complete; MLflow learns it."""
+        tracker.put(status="FINISHED")  # first: a stage that is done is not gone through again
+        self.folder.mark_done("train", self.trained)
+        tracker.settle()
 
     def _stopping(self) -> AbstractContextManager[StopRequest]:
         """Signals to this process stop the workers."""
@@ -162,6 +168,11 @@ class Pipeline:
 
     def register(self) -> None:
         self.folder.require_adapter()
+        if (other := elsewhere(self.config)) is not None:
+            raise UserError(
+                f"{self.folder.path}: its MLflow run is on {other}, not on {shown_uri(self.config)}: name that server "
+                "by MLFLOW_TRACKING_URI or tracking.mlflow_tracking_uri"
+            )
         send_waiting(self.config)
         tracking, tags = self.config.tracking, self._measured()
         version = digest(self.trained, shown_uri(self.config), tracking.registered_model)
@@ -175,11 +186,10 @@ class Pipeline:
             raise UserError(
                 f"{self.folder.path}: mlflow.json is missing: run `flipkd train` with this configuration first"
             )
-        with server_errors(self.config):
+        with server_errors(self.config, is_kept=True):
             check_run(self.config, run_id)
-            if not set_again(self.config, version, tags):
-                example = pair_texts(pairs)[:NUM_EXAMPLES]
-                note_version(self.config, version, register(self.config, run_id, self.folder.adapter, example, tags)[1])
+            example = pair_texts(pairs)[:NUM_EXAMPLES]
+            register(self.config, run_id, self.folder.adapter, example, tags, version)
         self.folder.mark_done("register", inputs)
         _say("register", start)
 
@@ -201,7 +211,6 @@ class Pipeline:
         return training_run(self.config, self.trained)
 
     def _report_evaluation(self, stage: str = "evaluate") -> None:
-        self.folder.mark_done(stage, self.evaluated)
         run_id = known_run(self.config)
         tracker = RunLogger(self.config, run_id)
         metrics = read_json(self.folder.metrics)
@@ -218,6 +227,7 @@ class Pipeline:
             metrics["step"],
         )
         tracker.artifact(self.folder.metrics)
+        self.folder.mark_done(stage, self.evaluated)
         tracker.settle()
 
     def table(self) -> str:
@@ -274,7 +284,8 @@ def told(tracker: RunLogger) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, StoppedOnRequest | StoppedAtOnce) else "FAILED")
+        stopped = isinstance(error, StoppedOnRequest | StoppedAtOnce | KeyboardInterrupt)
+        tracker.finish("KILLED" if stopped else "FAILED")
         raise
 
 
@@ -313,7 +324,8 @@ def train_here(config: RunConfig) -> None:
         StopRequest(pipeline.folder.stop).forget()
         run_ids.append(pipeline.mlflow_run())
 
-    on_main(world, begin)  # a slow server must not look like a rank that does not come
+    # A slow server must not look like a rank that does not come, and all end where it cannot be begun.
+    together(world, pipeline.folder.path, lambda: on_main(world, begin))
     [run_id] = run_ids or [None]
     tracker = RunLogger(pipeline.config, run_id)
     tracker.reopen()
@@ -325,5 +337,4 @@ def train_here(config: RunConfig) -> None:
         raise
     if not world.is_main:
         return
-    pipeline.folder.mark_done("train", pipeline.trained)
-    tracker.finish()
+    pipeline.conclude(tracker)

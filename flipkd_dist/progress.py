@@ -187,8 +187,8 @@ class Progress:
             "log": self.log.state(),
             "shapes": engine.shapes(),
         }
-        # A run that goes on from the checkpoint takes the lines up to it from the file.
-        self._stored(self.log.path, "metrics.jsonl", self.log.flush)
+        # A checkpoint speaks of lines that are there: a resumed run goes on after them.
+        self._stored(self.log.path, "metrics.jsonl", self.log.save)
         found = save_checkpoint(self.folder, step, engine.slices(), bench.world.random_state(), manifest, bench.world)
 
         def keep() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.tracking import client, server_errors, tracking_uri
+from flipkd_dist.tracking import OWN, client, has_store, model_name, server_errors, tracking_uri
 
 TEST_PAIRS, FIGURE = "flipkd.test_pairs", "flipkd.test."  # tags of a version: which pairs, and how it did on them
 SHOWN = ("roc_auc", "f1", "accuracy", "average_precision")
@@ -33,7 +33,12 @@ def promote(config: RunConfig, source: str = "challenger", target: str = "champi
         UserError: no version has the alias `source`; it is worse by train.metric_for_best_model on the same test
             pairs, or it cannot be compared; the server is down.
     """
-    name = config.tracking.registered_model or config.name
+    name = model_name(config)
+    if not has_store(config):
+        raise UserError(
+            f"{config.run_dir}: there is no {OWN} in it, and no server is named: set MLFLOW_TRACKING_URI or "
+            "tracking.mlflow_tracking_uri, or run `flipkd register` first"
+        )
     with server_errors(config):
         registry = client(tracking_uri(config))
         aliases = _aliases(registry, name)
@@ -46,12 +51,14 @@ def promote(config: RunConfig, source: str = "challenger", target: str = "champi
         is_way_back = source == previous_of(target)
         if old is not None and not (force or is_way_back):
             _compare(name, config.train.metric_for_best_model, (source, tags[new]), (target, tags[old]))
-        moves = [(target, new)] if old is None else [(previous_of(target), old), (target, new)]
-        for alias, version in reversed(moves) if is_way_back else moves:  # a kill between them can be made good
+        # The way back leaves `previous` where it is: run twice, it does not bring back what was left.
+        keeps = [] if old is None or is_way_back else [(previous_of(target), old)]
+        for alias, version in (*keeps, (target, new)):  # a kill between them can be made good
             registry.set_registered_model_alias(name, alias, version)
     lines = [f"{name}: @{target} is version {new} now: {_figures(tags[new])}"]
     if old is not None:
-        lines.append(f"{name}: @{previous_of(target)} is version {old}, until now @{target}: {_figures(tags[old])}")
+        kept = "" if is_way_back else f"@{previous_of(target)} is "
+        lines.append(f"{name}: {kept}version {old}, until now @{target}: {_figures(tags[old])}")
     return lines
 
 

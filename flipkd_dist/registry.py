@@ -12,7 +12,7 @@ from flipkd_dist.evaluate import format_table, tables_by_split
 from flipkd_dist.predict import Matcher
 from flipkd_dist.run_folder import read_json, write_json, write_whole
 from flipkd_dist.run_logger import RUN_FILE
-from flipkd_dist.tracking import download_model, has_version, load_registered, log_pyfunc, point_alias
+from flipkd_dist.tracking import download_model, has_version, load_registered, log_pyfunc, model_name, point_alias
 
 logger = logging.getLogger("flipkd_dist")
 TOLERANCE = 1e-5  # of p(match), between the folder and the registered version
@@ -75,13 +75,19 @@ def model_card(config: RunConfig, card: AdapterCard, metrics: dict | None) -> st
 
 
 def register(
-    config: RunConfig, run_id: str, adapter: Path, example: list[tuple[str, str]], tags: dict[str, str] | None = None
+    config: RunConfig,
+    run_id: str,
+    adapter: Path,
+    example: list[tuple[str, str]],
+    tags: dict[str, str] | None = None,
+    key: str | None = None,
 ) -> tuple[str, str]:
     """Log and register the adapter, load the registered version back, compare, and only then move the alias.
 
     Args:
         example: a few pairs, kept as the input example and compared.
         tags: of the version.
+        key: a hash of what the version is made of; one that was made of the same before is taken again.
     Returns:
         Name and version of the registered model.
     Raises:
@@ -100,14 +106,19 @@ def register(
         logger.warning(
             "warning: %.2f GB go into the registry: with student.tuning: full it is the whole model", size / 1e9
         )
-    version = log_pyfunc(config, run_id, name, code, adapter, example, outputs, base, text)
+    before = _version_before(config, key, name)
+    version = before or log_pyfunc(config, run_id, name, code, adapter, example, outputs, base)
+    _note_version(config, key, version)  # at once: whoever is killed now makes no second one
     found = load_registered(config, f"models:/{name}/{version}", example)
     worst = float(np.max(np.abs(found - expected)))
     if not worst <= TOLERANCE:
+        _note_version(config, None, version)
         raise RuntimeError(f"version {version} of {name} predicts p(match) off by {worst:.2g}: alias not moved")
-    point_alias(config, name, version, tags or {})
+    point_alias(config, name, version, text, tags or {})
     logger.info(
-        "registered %s version %s as @%s; loaded back, p(match) within %.1g",
+        "registered before as %s version %s: now @%s; loaded back, p(match) within %.1g"
+        if before
+        else "registered %s version %s as @%s; loaded back, p(match) within %.1g",
         name,
         version,
         config.tracking.alias,
@@ -116,24 +127,18 @@ def register(
     return name, version
 
 
-def model_name(config: RunConfig) -> str:
-    return config.tracking.registered_model or config.name
-
-
-def note_version(config: RunConfig, key: str, version: str) -> None:
+def _note_version(config: RunConfig, key: str | None, version: str) -> None:
     """Remember the version that was made of what the hash `key` stands for."""
     path = config.run_dir / RUN_FILE
     write_json(path, {**(read_json(path) or {}), "registered": {"key": key, "version": version}})
 
 
-def set_again(config: RunConfig, key: str, tags: dict[str, str]) -> bool:
-    """Move the alias to the version that was made of the same adapter before, if there is one."""
-    noted, name = (read_json(config.run_dir / RUN_FILE) or {}).get("registered", {}), model_name(config)
-    if noted.get("key") != key or not has_version(config, name, noted["version"]):
-        return False
-    point_alias(config, name, noted["version"], tags)
-    logger.info("registered before as %s version %s: now @%s", name, noted["version"], config.tracking.alias)
-    return True
+def _version_before(config: RunConfig, key: str | None, name: str) -> str | None:
+    """The version that was made of the same adapter before, if there is one."""
+    noted = (read_json(config.run_dir / RUN_FILE) or {}).get("registered", {})
+    if key is None or noted.get("key") != key or not has_version(config, name, noted["version"]):
+        return None
+    return noted["version"]
 
 
 def download_adapter(uri: str, model: str, target: str) -> Path:

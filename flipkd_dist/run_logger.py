@@ -1,6 +1,7 @@
 """One MLflow run per training, begun by the driver, logged into by rank 0 by way of the run folder's spool."""
 
 import logging
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.mlflow_sender import Sender
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import ServerPost, flatten, shown_uri, start_run, tracking_uri
+from flipkd_dist.tracking import OWN, ServerPost, flatten, shown_uri, start_run, tracking_uri
 
 logger = logging.getLogger("flipkd_dist")
 RUN_FILE = "mlflow.json"
@@ -38,8 +39,23 @@ def training_run(config: RunConfig, training: str | None) -> str:
     return known["run_id"]
 
 
+def elsewhere(config: RunConfig) -> str | None:
+    """The server that has the run folder's MLflow run, where it is another one than is named now."""
+    known, now, own = (read_json(config.run_dir / RUN_FILE) or {}).get("uri"), shown_uri(config), config.run_dir / OWN
+    if known in (None, now):
+        return None
+    moved = now == f"sqlite:///{own.resolve()}" and own.exists() and Path(known.removeprefix("sqlite:///")).name == OWN
+    return None if moved else known  # a run folder may move with its own database
+
+
 def known_run(config: RunConfig) -> str | None:
-    """The MLflow run of the run folder, if it has one."""
+    """The MLflow run of the run folder on the server that is named now, if it has one; a line, if another has it."""
+    if (other := elsewhere(config)) is not None:
+        logger.warning(
+            "warning: mlflow: nothing is logged: the run of %s is on %s, not on %s: name that server",
+            config.run_dir, other, shown_uri(config),
+        )  # fmt: skip
+        return None
     return (read_json(config.run_dir / RUN_FILE) or {}).get("run_id")
 
 
@@ -55,8 +71,14 @@ def _sender(config: RunConfig) -> Sender:
 
 def send_waiting(config: RunConfig, patience_s: float = PATIENCE_S) -> bool:
     """Send what earlier processes and this one left in the run's spool; False, and a line, if it had to stay there."""
-    if not Spool(config.run_dir).waits():
+    if not (spool := Spool(config.run_dir)).waits():
         return True
+    if (other := elsewhere(config)) is not None:
+        logger.warning(
+            "warning: mlflow: %d points and messages wait in %s for %s; now %s is named: name theirs",
+            spool.num_waiting(), spool.path, other, shown_uri(config),
+        )  # fmt: skip
+        return False
     sender = _sender(config)
     left = sender.settle(patience_s)
     if left:
@@ -76,19 +98,24 @@ class RunLogger:
         self._spool, self._to = Spool(config.run_dir), shown_uri(config)
         self._known: dict[str, set[int]] = {}  # metric -> steps that were logged before a resume
         self._sender: Sender | None = None  # of who logs while it works
-        self._is_full = False
+        self._unwritten: list[dict[str, Any]] = []  # messages that a full disk has refused
 
     def put(self, **message: Any) -> None:
         """Into the spool, whatever happens to the server."""
-        if self.run_id is None:
-            return
+        if self.run_id is not None:
+            self._unwritten.append({"time": int(time.time() * 1000), **message})
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits for room, in order."""
+        was_full = len(self._unwritten) > 1
         try:
-            self._spool.put(to=self._to, run=self.run_id, **message)
-        except OSError as error:  # metrics.jsonl has it, if anything has
-            if not self._is_full:
-                logger.warning("warning: mlflow: not logged: %s cannot be written (%s)", self._spool.path, error)
-            self._is_full = True
-            return
+            while self._unwritten:
+                self._spool.put(to=self._to, run=self.run_id, **self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            if not was_full:
+                logger.warning("warning: mlflow: %s: %s: its lines wait for room", self._spool.path, error.strerror)
         if self._sender is not None:
             self._sender.wake()
 
@@ -124,5 +151,12 @@ class RunLogger:
 
     def settle(self) -> None:
         """Before this process ends: wait a little until all is sent, and say what had to stay in the spool."""
-        if self.run_id is not None:
-            send_waiting(self.config)
+        if self.run_id is None:
+            return
+        self.flush()
+        if self._unwritten:
+            logger.warning(
+                "warning: mlflow: %d messages are lost: there was no room for them in %s",
+                len(self._unwritten), self._spool.path,
+            )  # fmt: skip
+        send_waiting(self.config)

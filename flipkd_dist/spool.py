@@ -7,6 +7,7 @@ are sent in that order, and `mlflow-spool.sent.json` says up to which byte. The 
 
 import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class Spool:
     def __init__(self, folder: Path):
         """Of one run folder; several processes may write and send."""
         self.folder, self.path, self.note = folder, folder / SPOOL, folder / "mlflow-spool.sent.json"
+        self._is_known = False  # whether the note was compared with the file
 
     def put(self, **message: Any) -> None:
         """Append a message; a kill after this loses nothing.
@@ -45,6 +47,8 @@ class Spool:
             OSError: the disk is full.
         """
         line = json.dumps({"time": int(time.time() * 1000), **message}).encode() + b"\n"
+        if not self._is_known:  # before the file grows beyond what the note says
+            self._is_known = self.sent >= 0
         with self.path.open("ab+", buffering=0) as file:
             if file.seek(0, 2) and file.seek(-1, 2) >= 0 and file.read(1) != b"\n":
                 line = b"\n" + line  # a kill or a full disk left half a line
@@ -74,15 +78,26 @@ class Spool:
 
     @property
     def sent(self) -> int:
-        """The byte up to which all is sent."""
-        noted = (read_json(self.note) or {}).get("bytes", 0)
-        return min(noted, self.path.stat().st_size) if self.path.exists() else 0
+        """The byte up to which all is sent; a note of bytes that were lost with the machine is put right."""
+        noted, size = (read_json(self.note) or {}).get("bytes", 0), self._size
+        if noted > size:  # else the next lines would count as sent
+            write_json(self.note, {"bytes": size})
+        return min(noted, size)
+
+    @property
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def note_sent(self, end: int) -> None:
+        """All up to byte `end` is sent; what the note speaks of is on the disk before it."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
         write_json(self.note, {"bytes": end})
 
     def waits(self) -> bool:
-        return self.path.exists() and self.sent < self.path.stat().st_size
+        """Whether anything is there to be sent; the beginning of a line is nothing yet."""
+        sent = self.sent
+        return sent < self._size and next(self.messages(sent), None) is not None
 
     def num_waiting(self) -> int:
         """Points and other messages that are not sent yet."""

@@ -4,6 +4,7 @@ The only module that imports mlflow, inside the functions that need it (besides 
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +16,16 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig, without_credentials
 from flipkd_dist.console import quiet_others
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.model_files import one_line
 from flipkd_dist.spool import POINTS_AT_ONCE
 
+logger = logging.getLogger("flipkd_dist")
+OWN = "mlflow.db"  # of a run folder where no server is named
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 MOST_PARAMETERS = 100  # of one request
 LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to begin a run in a database that other runs are writing
-DOWN_WAITS_S = (1, 2, 4)  # and on a server that does not answer
+DOWN_WAITS_S = (1, 2, 4, 8, 15, 15, 15)  # and on a server that does not answer
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 KEY = "flipkd.key"  # the tag by which a run is found again whose creation was not seen to end
 # A request that fails is tried again by us, with what is new: mlflow's own way is seven times, for four minutes.
@@ -35,19 +38,35 @@ FAULTS = {  # by the error codes of mlflow
     "item": {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"},
     "run": {"RESOURCE_DOES_NOT_EXIST"},
 }  # fmt: skip
+DENIED = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}
 
 
 def tracking_uri(config: RunConfig) -> str:
     """The server that is named, else a SQLite file in the run folder; credentials may stand in the environment only."""
     named, known = config.tracking.mlflow_tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
-    if named and known and without_credentials(known) == named:
+    if named and known and _as_shown(known) == _as_shown(named):
         return known
-    return named or known or f"sqlite:///{(config.run_dir / 'mlflow.db').resolve()}"
+    return named or known or f"sqlite:///{(config.run_dir / OWN).resolve()}"
+
+
+def has_store(config: RunConfig) -> bool:
+    """Whether there is something to ask: a server is named, or the run folder has a database of its own."""
+    named = config.tracking.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return bool(named) or (config.run_dir / OWN).exists()
 
 
 def shown_uri(config: RunConfig) -> str:
     """The tracking server as it may be shown and stored."""
-    return without_credentials(tracking_uri(config))
+    return _as_shown(tracking_uri(config))
+
+
+def _as_shown(uri: str) -> str:
+    return without_credentials(uri).rstrip("/")
+
+
+def model_name(config: RunConfig) -> str:
+    """The registered model that the run's adapter is a version of."""
+    return config.tracking.registered_model or config.name
 
 
 def client(uri: str):
@@ -67,9 +86,13 @@ def client(uri: str):
 
 
 @contextmanager
-def _transferring() -> Iterator[None]:
-    """A server may take its time over a model's files, and a registration is tried again as mlflow does by itself."""
-    ours = {key: os.environ.pop(key) for key, value in BRIEF.items() if os.environ.get(key) == value}
+def _transferring(*keys: str) -> Iterator[None]:
+    """A server may take its time over files, and a registration is tried again as mlflow does by itself.
+
+    Args:
+        keys: of BRIEF; without any all of them hold for nobody now.
+    """
+    ours = {key: os.environ.pop(key) for key in keys or BRIEF if os.environ.get(key) == BRIEF[key]}
     try:
         yield
     finally:
@@ -98,26 +121,37 @@ def start_run(config: RunConfig, key: str) -> str:
 
 
 @contextmanager
-def server_errors(config: RunConfig) -> Iterator[None]:
+def server_errors(config: RunConfig, is_kept: bool = False) -> Iterator[None]:
     """
+    Args:
+        is_kept: the same command goes on with what was done before.
     Raises:
-        UserError: for any error of mlflow: the server is down, or refuses.
+        UserError: for any error of mlflow: the server refuses, or it is down.
+        StoppedOnRequest: it is down, and `is_kept`.
     """
     try:
         yield
     except Exception as error:
-        if not hasattr(error, "error_code"):
+        if not hasattr(error, "error_code") and not type(error).__module__.startswith("requests."):
             raise
-        reason = without_credentials(one_line(error))
+        where = f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {without_credentials(one_line(error))}"
+        if fault(error) in ("item", "run"):
+            raise UserError(
+                f"{where}: correct it, or restore what was deleted there (`mlflow runs restore`, `mlflow experiments "
+                "restore`)"
+            ) from None
+        if is_kept and getattr(error, "error_code", None) not in DENIED:
+            raise StoppedOnRequest(
+                f"{where}: the server does not answer; everything is kept: run the same command again"
+            ) from None
         raise UserError(
-            f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {reason}: start the server, or correct the address "
-            "and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+            f"{where}: start the server, or correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
         ) from None
 
 
 def check_run(config: RunConfig, run_id: str) -> None:
-    """Ask the server for the run, which fails soon where it is down."""
-    client(tracking_uri(config)).get_run(run_id)
+    """Ask the server for the run; waits for one that is down."""
+    _patiently(lambda: client(tracking_uri(config)).get_run(run_id))
 
 
 def _find_or_create(mlflow_client: Any, config: RunConfig, key: str) -> str:
@@ -149,10 +183,13 @@ def _patiently(call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:
-            waits_s = DOWN_WAITS_S if hasattr(error, "error_code") and fault(error) in ("server", "unknown") else ()
+            code, is_away = getattr(error, "error_code", None), fault(error) in ("server", "unknown")
+            waits_s = DOWN_WAITS_S if code is not None and code not in DENIED and is_away else ()
             waits_s = LOCKED_WAITS_S if "database is locked" in str(error) else waits_s
             if number >= len(waits_s):
                 raise
+            if number == 0 and waits_s == DOWN_WAITS_S:
+                logger.warning("warning: mlflow: %s: tried for a minute", without_credentials(one_line(error)))
         time.sleep(waits_s[number])
 
 
@@ -202,7 +239,8 @@ class ServerPost:
             for start in range(0, len(parameters), MOST_PARAMETERS):
                 mlflow_client.log_batch(run, params=parameters[start : start + MOST_PARAMETERS], synchronous=True)
         elif kind == "artifact":
-            mlflow_client.log_artifact(run, message["artifact"])
+            with _transferring("MLFLOW_HTTP_REQUEST_TIMEOUT"):
+                mlflow_client.log_artifact(run, message["artifact"])
         elif message["status"] == "RUNNING":
             mlflow_client.update_run(run, status="RUNNING")
         else:
@@ -218,10 +256,9 @@ def log_pyfunc(
     example: list[tuple[str, str]],
     outputs: dict[str, Any],
     model_config: dict[str, Any],
-    description: str,
 ) -> str:
     """Log the adapter as a models-from-code pyfunc in the training's run and register it; the new version."""
-    mlflow_client = client(tracking_uri(config))
+    client(tracking_uri(config))
     import mlflow
     import pandas as pd
     from mlflow.models import infer_signature
@@ -238,7 +275,6 @@ def log_pyfunc(
             pip_requirements=[f"flipkd_dist=={version('flipkd_dist')}"],
             registered_model_name=name,
         )
-    mlflow_client.update_model_version(name, info.registered_model_version, description)
     return str(info.registered_model_version)
 
 
@@ -253,12 +289,17 @@ def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]])
     return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
 
 
-def point_alias(config: RunConfig, name: str, version: str, tags: dict[str, str]) -> None:
-    """Tag the version, and let the configured alias mean it."""
-    mlflow_client = client(tracking_uri(config))
-    for key, value in tags.items():
-        mlflow_client.set_model_version_tag(name, version, key, value)
-    mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
+def point_alias(config: RunConfig, name: str, version: str, description: str, tags: dict[str, str]) -> None:
+    """Describe and tag the version, and let the configured alias mean it."""
+
+    def point() -> None:
+        mlflow_client = client(tracking_uri(config))
+        mlflow_client.update_model_version(name, version, description)
+        for key, value in tags.items():
+            mlflow_client.set_model_version_tag(name, version, key, value)
+        mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
+
+    _patiently(point)
 
 
 def has_version(config: RunConfig, name: str, version: str) -> bool:

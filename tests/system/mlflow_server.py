@@ -9,7 +9,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -102,21 +103,21 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 2
 def mlflow_server():
     """A running server; skips where PostgreSQL is not installed."""
     program("initdb")
-    folder = Path(tempfile.mkdtemp(prefix="fk", dir="/tmp"))  # short, for the socket
-    folder.chmod(0o755)
-    parts = []
-    try:
+    with ExitStack() as ends:  # each is called, whatever another one raises
+        folder = Path(tempfile.mkdtemp(prefix="fk", dir="/tmp"))  # short, for the socket
+        ends.callback(shutil.rmtree, folder)
+        folder.chmod(0o755)
         for name in ("database", "server"):
             (folder / name).mkdir()
         database = Postgres(folder / "database")
-        parts.append(database.stop)
+        ends.callback(_end, database.stop)
         database.start()
         server = MlflowServer(database, folder / "server")
-        parts.append(server.kill)
+        ends.callback(_end, server.kill)
         server.start()
         yield server
-    finally:
-        for end in reversed(parts):
-            with suppress(AttributeError, ProcessLookupError):  # never started, or ended by its test
-                end()
-        shutil.rmtree(folder)
+
+
+def _end(stop: Callable[[], None]) -> None:
+    with suppress(AttributeError, ProcessLookupError):  # never started, or ended by its test
+        stop()

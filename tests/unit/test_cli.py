@@ -98,6 +98,28 @@ def test_exit_codes_and_one_line(monkeypatch, capsys, error, code, said):
     assert capsys.readouterr() == ("", f"flipkd: {said}\n")
 
 
+@pytest.mark.parametrize(
+    "command, error, code",
+    [
+        ("run", OSError(28, "No space left on device", "/runs/x/stages.json"), 75),
+        ("evaluate", RuntimeError("(sqlite3.OperationalError) database or disk is full"), 75),
+        ("predict", OSError(30, "Read-only file system", "/mnt/answers.jsonl"), 1),
+        ("run", RuntimeError("NCCL error: Error while creating shared memory segment: No space left on device"), 1),
+        ("train", OSError(28, "No space left on device", "/dev/shm/nccl-x"), 1),
+    ],
+)
+def test_only_storage_of_a_command_that_goes_on_is_worth_another_call(monkeypatch, capsys, command, error, code):
+    def fail(**_):
+        raise error
+
+    monkeypatch.delenv("FLIPKD_DEBUG", raising=False)
+    monkeypatch.setattr(command_line, "cli", fail)
+    monkeypatch.setattr("sys.argv", ["flipkd", command, "x.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == code and ("run the same command again" in capsys.readouterr().err) == (code == 75)
+
+
 def test_debugging_shows_where(monkeypatch):
     def fail(**_):
         raise RuntimeError("rank 1")

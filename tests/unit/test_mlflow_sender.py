@@ -17,15 +17,18 @@ class Server:
 
     def __init__(self):
         self.taken, self.tries, self.is_down, self.delay_s = [], 0, False, 0.0
-        self.bad, self.bad_fault = set(), "item"  # metrics that it does not take, and whose fault it says that is
+        self.bad, self.bad_fault = set(), "item"  # metrics or kinds that it does not take, whose fault it says that is
+        self.most = 10**6  # items that it takes at once
 
     def send(self, run, kind, items):
         self.tries += 1
         time.sleep(self.delay_s)
         if self.is_down:
             raise ConnectionError("http://user:secret@here refused")
-        if kind == "metrics" and self.bad & {item[0] for item in items}:
+        if kind in self.bad or (kind == "metrics" and self.bad & {item[0] for item in items}):
             raise ValueError("bad name")
+        if len(items) > self.most:
+            raise ValueError("too slow")
         self.taken += [(run, kind, item) for item in items]
 
     def answers(self, run):
@@ -148,6 +151,76 @@ def test_an_unclear_error_is_tried_again_before_it_counts_as_a_refusal(spool, se
     log(spool, 2)
     left = Sender(spool, server, HERE).settle(10 if settles else 1)
     assert (left == 0) == settles and server.steps == ([2] if settles else []) and server.tries >= 3
+
+
+def test_a_server_that_answers_and_takes_nothing_is_waited_for_with_few_requests(spool, server):
+    """As one whose database has become read-only."""
+    server.bad, server.bad_fault = {"metrics"}, "unknown"
+    for number in range(200):
+        log(spool, number)
+    assert Sender(spool, server, HERE).settle(0.3) == 200
+    assert not (spool.folder / "mlflow-refused.jsonl").exists()
+    server.bad = set()
+    until(lambda: not spool.waits())
+    assert sorted(set(server.steps)) == list(range(200))  # it may have come back while the points were tried by halves
+
+
+def test_what_is_taken_in_smaller_parts_is_not_put_aside(spool, server):
+    server.most, server.bad_fault = 60, "unknown"
+    for number in range(200):
+        log(spool, number)
+    assert Sender(spool, server, HERE).settle(10) == 0 and sorted(set(server.steps)) == list(range(200))
+    assert not (spool.folder / "mlflow-refused.jsonl").exists()
+
+
+def test_two_doubtful_values_wait_rather_than_be_put_aside(spool, server):
+    server.bad, server.bad_fault = {"bad"}, "unknown"
+    for number in range(50):
+        log(spool, number, "bad" if number in (7, 31) else "loss")
+    assert Sender(spool, server, HERE).settle(0.5) == 50 and not (spool.folder / "mlflow-refused.jsonl").exists()
+
+
+def test_a_doubtful_value_alone_waits_until_another_is_taken(spool, server):
+    server.bad, server.bad_fault = {"bad"}, "unknown"
+    log(spool, 1, "bad")
+    sender = Sender(spool, server, HERE)
+    assert sender.settle(0.3) == 1
+    spool.put(to=HERE, run="r", status="RUNNING")
+    assert sender.settle(0.3) == 2
+    log(spool, 2)
+    assert sender.settle(10) == 0 and set(server.steps) == {2}
+    assert len((spool.folder / "mlflow-refused.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_artifact_that_is_not_taken_lets_the_rest_pass_and_waits(spool, server, caplog):
+    server.bad, server.bad_fault = {"artifact"}, "unknown"
+    sender = Sender(spool, server, HERE)
+    for number in range(5):
+        spool.put(to=HERE, run="r", artifact=f"file {number}", time=number)
+        log(spool, number)
+        sender.wake()
+    spool.put(to=HERE, run="r", status="FINISHED")
+    assert sender.settle(1.0) == 5  # just the artifacts
+    assert server.steps == list(range(5)) and server.taken[-1][1] == "status"
+    assert len([line for line in caplog.messages if "warning" in line]) <= 2 and len(caplog.messages) <= 3
+    server.bad = set()
+    assert sender.settle(10) == 0
+    assert {item["artifact"] for _, kind, item in server.taken if kind == "artifact"} == {
+        f"file {number}" for number in range(5)
+    }
+
+
+def test_a_full_disk_is_not_told_as_the_servers(spool, server, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Spool, "note_sent", full)
+    log(spool, 1)
+    sender = Sender(spool, server, HERE)
+    sender.wake()
+    until(lambda: server.tries > 2)
+    [said] = caplog.messages
+    assert f"{spool.folder} cannot be written" in said and HERE not in said and "No space left" in sender.trouble
 
 
 def test_messages_to_another_server_are_put_aside(spool, server):

@@ -1,6 +1,7 @@
 """Which stages the driver asks workers for, and when it asks again; workers are stood in for."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from tiny import fill_store, save_student, save_teacher, write_pairs
 
 from flipkd_dist import pipeline
 from flipkd_dist.config import RunConfig
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import binary_metrics
 from flipkd_dist.run_folder import write_json
+from flipkd_dist.together import Refusal
 from flipkd_dist.world import World
 
 MATCHES = binary_metrics(np.array([0.4, 0.9]), np.array([1, 1]), 0.5)  # without ranking metrics
@@ -21,7 +23,7 @@ FIGURES = {"student": MATCHES, "student_readout": binary_metrics(np.array([0.4, 
 def asked(monkeypatch):
     stages = []
 
-    def work(config, names, _):
+    def work(config, names, *_):
         stages.append(names)
         means = {"test_checkpoints": {"steps": [2, 1], "test": FIGURES}}
         write_json(config.run_dir / "metrics.json", {"step": 2, "threshold_from": "0.5", "test": FIGURES, **means})
@@ -59,6 +61,73 @@ def test_the_untrained_base_is_evaluated_once(config, asked):
     assert asked == [["untrained"]]
     pipeline.Pipeline(with_checkpoints(config, 2)).untrained()
     assert asked == [["untrained"]] * 2
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL."""
+
+
+@pytest.mark.parametrize("stage, told", [("train", "FINISHED"), ("evaluate", 0.5)])
+def test_a_kill_when_a_stage_is_noted_as_done_loses_no_message(config, asked, monkeypatch, stage, told):
+    messages = []
+    monkeypatch.setattr(pipeline.RunLogger, "put", lambda self, **message: messages.append(message))
+    monkeypatch.setattr(pipeline, "training_run", lambda *_: "r")
+    monkeypatch.setattr(pipeline, "known_run", lambda _: "r")
+
+    def killed(*_):
+        assert any(told in {message.get("status"), *message.get("metrics", {}).values()} for message in messages)
+        raise Killed
+
+    monkeypatch.setattr(pipeline.RunFolder, "mark_done", killed)
+    run = pipeline.Pipeline(config)
+    if stage == "evaluate":
+        (config.run_dir / "adapter").mkdir()
+        write_json(config.run_dir / "adapter" / "flipkd.json", {})
+    with pytest.raises(Killed):
+        getattr(run, stage)()
+
+
+class TwoRanks:
+    """Rank 1 of 2; what rank 0 has to say is that it failed."""
+
+    size, rank, is_main = 2, 1, False
+
+    def any(self, _):
+        return True
+
+    def barrier(self):
+        pass
+
+    def gather_object(self, own):
+        return [(None, Refusal("the server is down (rank 0 on a)", False, False)), own]
+
+
+def test_where_rank_0_cannot_begin_the_others_do_not_train(config, monkeypatch):
+    trained = []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: TwoRanks())
+    monkeypatch.setattr(pipeline, "train", lambda *_: trained.append(1))
+    with pytest.raises(RuntimeError, match="the server is down"):
+        pipeline.train_here(config)
+    assert not trained
+
+
+def test_the_way_a_training_ended_is_told(config):
+    ended = []
+    tracker = SimpleNamespace(finish=ended.append)
+    for error in (KeyboardInterrupt, StoppedOnRequest, StoppedAtOnce, RuntimeError):
+        with pytest.raises(error), pipeline.told(tracker):
+            raise error
+    assert ended == ["KILLED"] * 3 + ["FAILED"]
+
+
+def test_registering_a_run_of_another_server_names_both(config, asked):
+    (config.run_dir / "adapter").mkdir(parents=True)
+    write_json(config.run_dir / "adapter" / "flipkd.json", {})
+    run = pipeline.Pipeline(config)
+    write_json(config.run_dir / "mlflow.json", {"uri": "http://there:5000", "run_id": "r"})
+    with pytest.raises(UserError, match=r"its MLflow run is on http://there:5000, not on sqlite:.*: name that server"):
+        run.register()
 
 
 def test_the_untrained_base_has_a_run_of_its_own(config, asked):

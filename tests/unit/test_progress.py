@@ -1,8 +1,5 @@
-"""What a checkpoint of a training relies on."""
+"""What stands on the disk when a checkpoint is written; the checkpoint itself is stood in for."""
 
-import errno
-import os
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -13,36 +10,30 @@ from flipkd_dist.progress import Progress
 from flipkd_dist.world import World
 
 
-def let_lines(made: Progress, write: Callable[[], None]) -> None:
-    made.log.flush = made.log.save = write
-
-
 @pytest.fixture
-def made(tmp_path, monkeypatch) -> Progress:
-    """One whose parts note what is asked of them."""
-    made, world = Progress.__new__(Progress), World()
-    made.asked = []
-    monkeypatch.setattr(progress, "save_checkpoint", lambda *_: made.asked.append("checkpoint"))
+def training(tmp_path, monkeypatch):
+    done, found = [], object.__new__(Progress)
+    found.folder, found.keep, found.num_steps, found.inputs, found.base_answers = tmp_path, 1, 5, "hash", []
+    found.order = SimpleNamespace(seed=0, contrast_batch_size=8, accumulation=1)
     engine = SimpleNamespace(shapes=dict, slices=dict)
-    made.bench = SimpleNamespace(world=world, engine=engine, inputs=SimpleNamespace(base_fingerprint="base"))
-    made.order = SimpleNamespace(seed=1, contrast_batch_size=2, accumulation=1)
-    made.log = SimpleNamespace(path=tmp_path / "metrics.jsonl", state=dict)
-    let_lines(made, lambda: made.asked.append("lines"))
-    made.folder, made.keep, made.inputs, made.num_steps, made.base_answers = tmp_path / "checkpoints", 1, "", 4, []
-    monkeypatch.setattr(progress, "version", lambda name: "1")
-    return made
+    found.bench = SimpleNamespace(world=World(), engine=engine, inputs=SimpleNamespace(base_fingerprint="f"))
+    found.log = SimpleNamespace(path=tmp_path / "metrics.jsonl", state=dict, save=lambda: done.append("lines"))
+    monkeypatch.setattr(progress, "save_checkpoint", lambda *_: done.append("checkpoint"))
+    monkeypatch.setattr(progress, "version", lambda _: "1")
+    found.done = done
+    return found
 
 
-def test_lines_that_wait_for_room_are_in_the_file_before_a_checkpoint_is(made):
-    made._save(2, unvalidated=False)
-    assert made.asked == ["lines", "checkpoint"]
+def test_lines_that_waited_for_room_are_written_before_the_checkpoint_that_goes_on_after_them(training):
+    training._save(3, False)
+    assert training.done == ["lines", "checkpoint"]
 
 
-def test_lines_that_find_no_room_end_the_training_before_the_checkpoint(made):
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(made.log.path))
+def test_without_room_for_them_no_checkpoint_says_that_they_are_there(training):
+    def full():
+        raise OSError(28, "No space left on device")
 
-    let_lines(made, full)
-    with pytest.raises(UserError, match=r"metrics.jsonl was not written, no checkpoint is complete yet: make room"):
-        made._save(2, unvalidated=False)
-    assert made.asked == []
+    training.log.save = full
+    with pytest.raises(UserError, match=r"no space left on device.*metrics\.jsonl.*run the same command again"):
+        training._save(3, False)
+    assert training.done == []

@@ -45,6 +45,7 @@ def registry(monkeypatch):
     """Version 1 is champion, version 2 a better challenger."""
     found = Registry({"champion": "1", "challenger": "2"}, v1=tags(0.8), v2=tags(0.9))
     monkeypatch.setattr(promotion, "client", lambda _uri: found)
+    monkeypatch.setattr(promotion, "has_store", lambda _: True)
     return found
 
 
@@ -62,9 +63,17 @@ def test_a_better_challenger_becomes_champion_and_the_old_one_is_remembered(regi
 def test_the_way_back_needs_no_comparison(registry):
     promote(CONFIG)
     promote(CONFIG, source="previous")
-    assert registry.aliases == {"champion": "1", "challenger": "2", "previous": "2"}
-    promote(CONFIG, source="previous")
-    assert registry.aliases["champion"] == "2" and registry.aliases["previous"] == "1"
+    assert registry.aliases == {"champion": "1", "challenger": "2", "previous": "1"}
+    assert promote(CONFIG, source="previous") == ["bank: @champion is version 1 already"]
+    assert registry.aliases["champion"] == "1"
+
+
+def test_without_a_server_and_before_a_training_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(promotion, "client", lambda _uri: 1 / 0)
+    with pytest.raises(UserError, match=r"no mlflow\.db in it, and no server is named: set MLFLOW_TRACKING_URI"):
+        promote(RunConfig(name="bank", output_dir=str(tmp_path / "runs")))
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_first_champion_has_nothing_to_beat(registry):
@@ -121,7 +130,7 @@ def test_a_kill_between_the_two_moves_is_made_good(registry, source):
         promote(CONFIG)
         registry.moves.clear()
     wanted = {"challenger": "2", "previous": "1"}[source]
-    registry.dies_after = 1
+    registry.dies_after = {"challenger": 1, "previous": 0}[source]
     with pytest.raises(KeyboardInterrupt):
         promote(CONFIG, source=source)
     registry.dies_after = 99

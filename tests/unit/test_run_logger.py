@@ -3,14 +3,15 @@
 import json
 import sys
 import threading
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from flipkd_dist import run_logger, tracking
 from flipkd_dist.config import RunConfig, without_credentials
-from flipkd_dist.errors import StoppedAtOnce, UserError
-from flipkd_dist.run_logger import RUN_FILE, RunLogger, send_waiting, training_run
+from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.run_logger import RUN_FILE, RunLogger, known_run, send_waiting, training_run
 from flipkd_dist.spool import Spool
 
 SECRET = "http://me:hush@there:5000"
@@ -114,7 +115,7 @@ def test_a_known_run_goes_on_without_the_server_and_a_new_one_does_not_begin(con
     monkeypatch.setattr(tracking.time, "sleep", waited.append)
     with pytest.raises(UserError) as told:
         training_run(config, "t")
-    assert waited == [1, 2, 4]
+    assert waited == list(tracking.DOWN_WAITS_S) and 50 < sum(waited) < 70
     assert str(told.value) == (
         "tracking.mlflow_tracking_uri: http://there:5000: no answer from http://there:5000: start the server, or "
         "correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
@@ -135,7 +136,13 @@ def test_credentials_are_neither_stored_nor_sent(config, monkeypatch):
     for path in config.run_dir.iterdir():
         assert "hush" not in path.read_text() and "there:5000" in path.read_text(), path
     assert without_credentials("postgresql://a:b@c/d, https://u:p@q@h:1/x@y") == "postgresql://c/d, https://h:1/x@y"
-    assert without_credentials("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"
+    for untouched in ("sqlite:////tmp/a@b.db", "http://h:5000/x@y", "https://h/a:b@c", "http://h", "", None):
+        assert without_credentials(untouched) == untouched
+    assert without_credentials("postgresql://u:pa/ss@h/db?x=1") == "postgresql://h/db?x=1"
+    assert without_credentials("mysql://h/db?user=me&password=hush&x=1 not") == "mysql://h/db?user=me&password=&x=1 not"
+    teacher = {"api_base": "https://u:hush@h/v1", "model_name_or_path": "m"}
+    shown = RunConfig.model_validate({"name": "x", "teacher": teacher}).shown()
+    assert shown["teacher"]["api_base"] == "https://h/v1"
 
 
 def test_credentials_in_the_environment_serve_a_configuration_that_names_the_same_server(config, monkeypatch):
@@ -148,16 +155,63 @@ def test_credentials_in_the_environment_serve_a_configuration_that_names_the_sam
     assert tracking.tracking_uri(plain) == "http://there:5000"
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(config, caplog, monkeypatch):
+def test_a_full_disk_is_said_once_and_what_is_logged_waits_for_room(config, down, caplog, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    put = Spool.put
     monkeypatch.setattr(Spool, "put", full)
-    logger = RunLogger(config, "r")
+    logger, before = RunLogger(config, "r"), time.time() * 1000 - 1
     logger.metrics({"loss": 1.0}, 1)
     logger.metrics({"loss": 1.0}, 2)
     [said] = caplog.messages
     assert "No space left" in said
+    after = time.time() * 1000
+    monkeypatch.setattr(Spool, "put", put)
+    logger.metrics({"loss": 1.0}, 3)
+    assert [message["step"] for message in messages(config)] == [1, 2, 3]
+    assert before <= messages(config)[0]["time"] <= after  # when it was logged
+    monkeypatch.setattr(Spool, "put", full)
+    logger.finish("KILLED")
+    assert any("1 messages are lost" in line for line in caplog.messages)
+
+
+def test_what_waits_for_another_server_stays_and_nothing_is_logged_to_the_wrong_one(config, monkeypatch, caplog):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    training_run(config, "t")
+    waiting = len(messages(config))
+    sent = []
+    monkeypatch.setattr(run_logger, "_sender", lambda config: sent.append(config))
+    elsewhere = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": None})})
+    assert not send_waiting(elsewhere) and not sent
+    assert f"{waiting} points and messages wait" in caplog.messages[-1]
+    assert "for http://there:5000" in caplog.messages[-1] and "mlflow.db" in caplog.messages[-1]
+    assert known_run(elsewhere) is None and "nothing is logged" in caplog.messages[-1]
+    assert known_run(config) == "r"
+    assert not (config.run_dir / "mlflow-refused.jsonl").exists()
+
+
+@pytest.mark.parametrize("uri", ["http://there:5000/", "http://me:hush@there:5000/"])
+def test_a_slash_at_the_end_names_the_same_server(config, monkeypatch, uri):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    training_run(config, "t")
+    slash = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": uri})})
+    assert known_run(slash) == "r" and tracking.shown_uri(slash) == "http://there:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
+    plain = {"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": "http://there:5000/"})}
+    assert tracking.tracking_uri(config.model_copy(update=plain)) == SECRET
+
+
+def test_a_run_folder_moves_with_its_own_database(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
+    own = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": None})})
+    training_run(own, "t")
+    (own.run_dir / "mlflow.db").touch()
+    own.run_dir.rename(tmp_path / "moved")
+    moved = own.model_copy(update={"name": "moved"})
+    assert known_run(moved) == "r"
+    (moved.run_dir / "mlflow.db").unlink()
+    assert known_run(moved) is None
 
 
 class Store:
@@ -262,6 +316,48 @@ def test_what_the_server_refuses_is_told_at_once(monkeypatch, waits):
     with pytest.raises(UserError, match="experiment is deleted"):
         begin(monkeypatch, Store(9, ServerError("INVALID_PARAMETER_VALUE", "the experiment is deleted")))
     assert not waits
+
+
+class Dropped(OSError):
+    """As the errors of requests are that mlflow hands on."""
+
+
+Dropped.__module__ = "requests.exceptions"
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (
+            ServerError("INTERNAL_ERROR"),
+            StoppedOnRequest,
+            "the server does not answer; everything is kept: run the same",
+        ),
+        (ServerError("TEMPORARILY_UNAVAILABLE"), StoppedOnRequest, "everything is kept"),
+        (Dropped("reset"), StoppedOnRequest, "everything is kept"),
+        (ServerError("UNAUTHENTICATED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
+        (ServerError("PERMISSION_DENIED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
+        (ServerError("INVALID_PARAMETER_VALUE"), UserError, "restore what was deleted"),
+        (ServerError("RESOURCE_DOES_NOT_EXIST"), UserError, "`mlflow runs restore`"),
+        (OSError(5, "broken disk"), OSError, "broken disk"),
+    ],
+)
+def test_a_server_that_is_away_is_no_mistake_of_the_user_where_the_work_is_kept(config, error, kind, said):
+    with pytest.raises(kind, match=said), tracking.server_errors(config, is_kept=True):
+        raise error
+
+
+@pytest.mark.parametrize("code, num_waits", [("INTERNAL_ERROR", 7), ("UNAUTHENTICATED", 0), ("NOT_FOUND", 0)])
+def test_a_server_that_is_away_is_asked_for_a_minute_and_one_that_refuses_once(
+    config, monkeypatch, waits, code, num_waits
+):
+    def refused(_uri):
+        raise ServerError(code)
+
+    monkeypatch.setattr(tracking, "client", refused)
+    with pytest.raises(ServerError):
+        tracking.check_run(config, "r")
+    assert len(waits) == num_waits
 
 
 def test_every_request_is_brief_unless_the_user_says_otherwise(monkeypatch):

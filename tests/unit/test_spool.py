@@ -108,7 +108,32 @@ def test_what_is_sent_is_known_and_what_waits_is_counted(spool):
     spool.note_sent(third)
     assert Spool(spool.folder).sent == third and spool.num_waiting() == 1
     spool.note.write_text(json.dumps({"bytes": 10**9}))  # of a file that lost its end with the machine
-    assert not spool.waits() and spool.sent == os.path.getsize(spool.path)
+    put_steps(Spool(spool.folder), [99])  # of the next process
+    assert spool.waits() and steps(spool, spool.sent) == [99]
+
+
+def test_what_is_noted_as_sent_is_on_the_disk(spool, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def synced(file):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        fsync(file)
+
+    put_steps(spool, [1])
+    monkeypatch.setattr(os, "fsync", synced)
+    spool.note_sent(10)
+    assert order == ["mlflow-spool.jsonl", "mlflow-spool.sent.json.tmp"]
+
+
+def test_the_beginning_of_a_line_is_nothing_to_wait_for(spool):
+    put_steps(spool, [1])
+    [(_, end)] = spool.messages()
+    spool.note_sent(end)
+    with spool.path.open("ab") as file:
+        file.write(b'{"time": 1')
+    assert not spool.waits()
+    put_steps(spool, [2])
+    assert spool.waits()
 
 
 def test_a_full_disk_is_an_error_and_the_next_line_is_whole(small_disk):
