@@ -295,38 +295,28 @@ def train_here(config: RunConfig) -> None:
     Raises:
         UserError: the teacher's store lacks texts.
     """
-    started, distributed = int(os.environ.get("WORLD_SIZE", 1)), config.distributed
-    if not distributed.min_workers <= started <= distributed.max_workers:
-        raise UserError(
-            f"distributed.num_workers: it says {distributed.num_workers}, the launcher started {started} processes: "
-            "make them agree"
-        )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    config.distributed.check_started(started)
     if started > 1:
         master()
     pipeline = Pipeline(config, on_ray=False)
-    world = join_world(use_gpu_here(config), distributed.timeout_s)
-    seen: list[tuple[bool, bool]] = []
-
-    def look() -> None:
-        scored = is_scored(pipeline.inputs)
-        seen.append((scored, scored and pipeline.complete("train", pipeline.trained)))
-
-    on_main(world, look)
-    [(scored, complete)] = world.gather_object(seen)[0]  # one answer for all: file systems may show different ones
-    if not scored:
-        raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
-    if complete:
-        return
-    run_ids: list[str] = []
+    world = join_world(use_gpu_here(config), config.distributed.timeout_s)
+    begun: list[str] = []  # on rank 0, the MLflow run
 
     def begin() -> None:
+        if not is_scored(pipeline.inputs):
+            raise UserError(f"{pipeline.folder.teacher}: the teacher's store lacks texts: run `flipkd score` first")
+        if pipeline.complete("train", pipeline.trained):
+            return
         pipeline.folder.open()
         StopRequest(pipeline.folder.stop).forget()
-        run_ids.append(pipeline.mlflow_run())
+        begun.append(pipeline.mlflow_run())
 
-    # A slow server must not look like a rank that does not come, and all end where it cannot be begun.
+    # Rank 0 looks for all: file systems may show different things. A slow server must not look like an absent rank.
     together(world, pipeline.folder.path, lambda: on_main(world, begin))
-    [run_id] = run_ids or [None]
+    if not world.gather_object(begun)[0]:
+        return
+    run_id = begun[0] if begun else None
     tracker = RunLogger(pipeline.config, run_id)
     tracker.reopen()
     try:

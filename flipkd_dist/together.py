@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flipkd_dist.durable import is_full, storage_reason
+from flipkd_dist.errors import UserError
 from flipkd_dist.failures import one_line
 from flipkd_dist.world import World
 
@@ -28,6 +29,7 @@ class Refusal:
     line: str
     is_storage: bool
     is_full: bool
+    is_user: bool = False
 
 
 def together(world: World, where: Path, work: Callable[[], Result]) -> list[Result]:
@@ -37,7 +39,7 @@ def together(world: World, where: Path, work: Callable[[], Result]) -> list[Resu
         where: what is being written, for the line.
     Raises:
         StorageFailed: on every rank, where a rank's disk has refused.
-        UserError, RuntimeError: the rank's own error there, and on the others a RuntimeError that quotes it.
+        UserError, RuntimeError: the rank's own error there, and on the others one that quotes it.
     """
     own, result, refusal = None, None, None
     try:
@@ -46,7 +48,7 @@ def together(world: World, where: Path, work: Callable[[], Result]) -> list[Resu
         own, reason = error, storage_reason(error)
         line = one_line(error) if reason is None else f"{reason}: {where}"
         where_from = f"rank {world.rank} on {socket.gethostname()}"
-        refusal = Refusal(f"{line} ({where_from})", reason is not None, is_full(reason))
+        refusal = Refusal(f"{line} ({where_from})", reason is not None, is_full(reason), isinstance(error, UserError))
     results, all_refusals = zip(*world.gather_object((result, refusal)), strict=True)
     refusals = [one for one in all_refusals if one is not None]
     if not refusals:
@@ -55,4 +57,4 @@ def together(world: World, where: Path, work: Callable[[], Result]) -> list[Resu
         raise StorageFailed(storage.line, storage.is_full) from own
     if own is not None:
         raise own
-    raise RuntimeError(refusals[0].line)
+    raise (UserError if refusals[0].is_user else RuntimeError)(refusals[0].line)

@@ -155,12 +155,13 @@ def test_another_number_of_checkpoints_is_evaluated_again(config, asked, monkeyp
 class Second(World):
     """Rank 1 of 2, whose file system is behind: what rank 0 has seen decides."""
 
-    seen: tuple[bool, bool] = (True, True)
+    begun: tuple[str, ...] = ()
+    refusal: Refusal | None = None
     rank: int = 1
     size: int = 2
 
     def gather_object(self, value):
-        return [[self.seen], value]
+        return [(None, self.refusal) if isinstance(value, tuple) else self.begun, value]
 
     def any(self, flag: bool) -> bool:
         return True  # rank 0 has looked
@@ -173,12 +174,14 @@ def test_what_rank_0_sees_is_what_all_ranks_do(config, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr(pipeline, "train", lambda *_: trained.append(1))
     config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"num_workers": 2})})
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(True, True)))
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second())
     pipeline.train_here(config)
     assert not trained
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(False, False)))
-    with pytest.raises(UserError, match="the teacher's store lacks texts: run `flipkd score` first"):
+    lacks = Refusal("the teacher's store lacks texts", False, False, is_user=True)
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(refusal=lacks))
+    with pytest.raises(UserError, match="lacks texts"):
         pipeline.train_here(config)
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(seen=(True, False)))
+    assert not trained
+    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(begun=("run",)))
     pipeline.train_here(config)
     assert trained
