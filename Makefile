@@ -23,7 +23,7 @@ compare: install  ## the table on the sample set: L_sup alone, flip and its abla
 
 test: install lint
 	tests/system/install.sh
-	$(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not soak" --numprocesses 2
 
 soak: install
 	tests/system/install.sh

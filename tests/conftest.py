@@ -22,17 +22,27 @@ import torch
 torch.set_num_threads(1)
 
 
-CLUSTERS = ("compare", "doors", "elastic", "pool", "ray_faults", "resume", "run", "slurm")  # modules that start one
+# Modules that start a cluster. Under `make test` one process runs them, one after the other, from the first minute on;
+# the other one runs the rest, module by module.
+CLUSTERS = {f"test_{name}" for name in ("compare", "doors", "elastic", "pool", "ray_faults", "resume", "run", "slurm")}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Under `-n 2 --dist loadgroup`, one process runs what starts clusters, one after the other and from the first
-    minute on; the other one runs the rest, module by module."""
-    starts = {f"test_{name}" for name in CLUSTERS}
-    items.sort(key=lambda item: item.path.stem not in starts)  # stable: within each half the order stays
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clusters" if item.path.stem in starts else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in CLUSTERS)  # stable: within each half the order stays
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Halves(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = Path(nodeid.partition("::")[0]).stem
+            return "clusters" if module in CLUSTERS else module
+
+    config.option.loadscopereorder = False  # by size
+    return Halves(config, log)
 
 
 @pytest.fixture(autouse=True)
