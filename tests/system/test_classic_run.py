@@ -105,8 +105,8 @@ def test_the_encoder_moves_towards_the_students_answers(inputs, done):
 def test_what_stands_in_the_folder(inputs, done):
     folder = done.run_dir
     assert {path.name for path in folder.iterdir()} - {"mlartifacts"} == {
-        "config.yaml", "cost.json", "encoder", "metrics.json", "mlflow.db", "mlflow.json", "scores.parquet",
-        "soft_labels.parquet", "stages.json",
+        "config.yaml", "cost.json", "encoder", "metrics.json", "mlflow.db", "mlflow.json", "mlflow-spool.jsonl",
+        "mlflow-spool.sent.json", "scores.parquet", "soft_labels.parquet", "stages.json",
     }  # fmt: skip
     table = pq.read_table(folder / "scores.parquet")
     assert dict(zip(table.column_names, map(str, table.schema.types), strict=True)) == {
