@@ -17,5 +17,9 @@ class HeadLost(StoppedAtOnce):
     """Ray's head is gone; nothing of the run is lost with it (exit code 75)."""
 
 
+class PeerFailed(RuntimeError):
+    """Another rank's failure, quoted: it is the cause, this one the consequence."""
+
+
 class WorkerFailed(Exception):
     """A worker failed for good (exit code 1). The message is one line that begins with its rank and host."""

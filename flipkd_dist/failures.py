@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from flipkd_dist.config import without_credentials
-from flipkd_dist.errors import StoppedOnRequest, UserError
+from flipkd_dist.errors import PeerFailed, StoppedOnRequest, UserError
 from flipkd_dist.run_folder import read_json, write_json, write_whole
 
 HOSTS = "hosts.json"  # the host of each rank of the attempt that runs
@@ -46,7 +46,9 @@ class Failure:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether the error is that of a collective whose peer went away or did not come in time."""
+    """Whether the error is that of a collective whose peer went away or did not come in time, or quotes a peer's."""
+    if isinstance(error, PeerFailed):
+        return True
     if not isinstance(error, dist.DistError) and type(error) is not RuntimeError:
         return error.__cause__ is not None and is_lost_peer(error.__cause__)
     return bool(PEER_GONE.search(str(error))) and not OWN_FAULT.search(str(error))
@@ -54,7 +56,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def is_final(error: BaseException) -> bool:
     """Whether a restart would meet the error again; machines, disks and networks may do better the next time."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | PeerFailed):
         return True
     return not (isinstance(error, OSError | torch.AcceleratorError) or is_lost_peer(error))
 
@@ -62,7 +64,7 @@ def is_final(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """The error in a line without credentials: a user's mistake as it is said, else with its kind."""
     text = without_credentials(" ".join(str(error).split()))[:LONGEST]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, UserError | PeerFailed) else f"{type(error).__name__}: {text}"
 
 
 def note(folder: Path, rank: int, error: BaseException) -> Failure:

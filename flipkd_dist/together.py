@@ -1,17 +1,19 @@
 """What one rank's disk refuses, all ranks learn: they stop alike, and none waits for another."""
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from flipkd_dist.durable import is_full, storage_reason
-from flipkd_dist.errors import UserError
+from flipkd_dist.errors import PeerFailed, UserError
 from flipkd_dist.failures import one_line
 from flipkd_dist.world import World
 
 Result = TypeVar("Result")
+QUOTED_AFTER_S = 1.0  # so that the rank that failed is the first to say so
 
 
 class StorageFailed(Exception):
@@ -57,4 +59,5 @@ def together(world: World, where: Path, work: Callable[[], Result]) -> list[Resu
         raise StorageFailed(storage.line, storage.is_full) from own
     if own is not None:
         raise own
-    raise (UserError if refusals[0].is_user else RuntimeError)(refusals[0].line)
+    time.sleep(QUOTED_AFTER_S)
+    raise (UserError if refusals[0].is_user else PeerFailed)(refusals[0].line)

@@ -76,6 +76,7 @@ def client(uri: str):
     import mlflow
 
     quiet_others()  # importing mlflow sets its own levels
+    _make_whole(uri)
     named = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # writes the variable, which the next run of this process would take for the user's
     os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -83,6 +84,27 @@ def client(uri: str):
         os.environ["MLFLOW_TRACKING_URI"] = named
     mlflow.set_registry_uri(uri)
     return mlflow.MlflowClient(uri, uri)
+
+
+def _make_whole(uri: str) -> None:
+    """Make a new SQLite file aside: a kill amid MLflow's migrations would leave one that nobody can open again."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or "?" in uri or path.exists() or not path.parent.is_dir():
+        return
+    import mlflow
+
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    try:
+        mlflow.MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # another process was quicker: its file stays
+            pass
+        except OSError:  # a file system without links
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

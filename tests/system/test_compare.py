@@ -120,6 +120,7 @@ def test_workers_of_their_own_process_group_make_rows_too(config):
     assert "train 4/4: loss" in log.read_text()
 
 
+@pytest.mark.soak
 def test_a_row_that_fails_leaves_the_others(config):
     """Its checkpoint folder cannot be made."""
     options = ("name=failing", "train.max_steps=4", "train.eval_steps=2")

@@ -101,6 +101,7 @@ def over(two_hosts: list[Host], config: Path, *arguments: str) -> list[str]:
     return ["deepspeed", *meeting, *arguments, str(SCRIPT), str(config)]
 
 
+@pytest.mark.soak
 def test_deepspeed_without_ssh(config, reference, two_hosts):
     """The same command on each host, told its number."""
     started = [

@@ -132,6 +132,7 @@ def test_another_configuration_in_the_same_folder_is_refused(run):
     assert result.returncode == 2 and "train.learning_rate" in result.stderr
 
 
+@pytest.mark.soak
 def test_the_original_glm_goes_the_same_way(run, tmp_path):
     """From its published files to the registry and to predictions."""
     folder, config, _ = run

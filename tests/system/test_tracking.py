@@ -1,6 +1,9 @@
 """The MLflow client of one run leaves the user's environment alone; what has no base is registered too."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from test_tuned_folder import TEXTS, card_of, moved_student, state_of
@@ -61,3 +64,19 @@ def test_what_is_sent_again_stands_once_in_sqlite(tmp_path, monkeypatch):
         run = mlflow.get_run(run_id)
         assert run.info.status == "KILLED" and run.data.params["name"] == "x" and fine.step == 1500
     assert "xxx" in (config.run_dir / "mlflow-refused.jsonl").read_text()
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path):
+    """MLflow's migrations of a new SQLite file take seconds; half of them is what no later process can open."""
+    program = f"from flipkd_dist.tracking import client; client('sqlite:///{tmp_path}/mlflow.db')"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    client(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
+    assert (tmp_path / "mlflow.db").exists()

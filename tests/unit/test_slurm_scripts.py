@@ -78,6 +78,7 @@ def test_the_jobs_ray_is_deaf_to_the_signal_of_a_preemption(stand_in, node, said
         variables = dict(PORT=str(port), MASTER_ADDR="localhost", RAY_ADDRESS=f"host:{port}", RAY_TMPDIR="/tmp/fk0")
         variables |= dict(SLURM_CPUS_ON_NODE="3", SLURM_NODEID=node)
         path = stand_in(env="exit 1", ray='echo "$@"; grep SigBlk /proc/self/status')
+        path["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
         done = subprocess.run(
             ["bash", ROOT / "launchers" / "slurm_ray_node.sh"],
             env=os.environ | variables | path, capture_output=True, text=True, timeout=30,
