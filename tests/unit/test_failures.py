@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from flipkd_dist import failures
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.errors import PeerFailed, StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.failures import first_cause, forget, is_final, is_lost_peer, note, noting
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234"
@@ -117,3 +117,12 @@ def test_credentials_of_an_address_are_in_no_note(tmp_path):
     assert noted.error == "ConnectionError: https://mlflow:5000/api: refused"
     written = [file.read_text() for file in (tmp_path / "failures").iterdir()]
     assert len(written) == 2 and not any("hunter2" in text for text in written)
+
+
+def test_a_failure_that_another_rank_quotes_is_not_the_cause(tmp_path):
+    """Not even where it is noted first; a restart would meet it again all the same."""
+    quoted = PeerFailed("ValueError: wrong (rank 0 on a)")
+    note(tmp_path, 1, quoted)
+    time.sleep(0.01)
+    note(tmp_path, 0, ValueError("wrong"))
+    assert (first_cause(tmp_path).rank, is_final(quoted)) == (0, True)
