@@ -1,6 +1,7 @@
 """A polite end: SIGTERM, SIGUSR1 or a file named `stop` in the run folder ends a training after its current step."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # the command line uses this module before torch is imported
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST_S = 2.0  # Slurm sends SIGTERM twice in a moment where it preempts without a time of grace
-ASKED: list[str] = []  # the line of a signal that came in a call of Ray's
+AGAIN_S = 0.1  # after which a signal is sent again whose exception was lost
+ASKED: list[int] = []  # the signal that is to end this process at once
 
 
 @contextmanager
@@ -24,19 +26,32 @@ def handling(handler: Callable[..., None]) -> Iterator[None]:
     """Let `handler` take the signals meanwhile; nothing off the main thread, where Python allows no handlers.
 
     Raises:
-        StoppedAtOnce: in place of what became of an interruption in a call of Ray's.
+        StoppedAtOnce: in place of what became of the handler's exception on its way.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous, hook = {number: signal.signal(number, handler) for number in SIGNALS}, sys.unraisablehook
+
+    def dropped(found: "sys.UnraisableHookArgs") -> None:
+        """Python lets nothing out of a weak reference's callback, say, of which SQLAlchemy's imports are full."""
+        if not ASKED:
+            hook(found)
+        else:
+            again = threading.Timer(AGAIN_S, _send_again)
+            again.daemon = True
+            again.start()
+
+    sys.unraisablehook = dropped
     try:
         yield
     except BaseException as error:
         if not ASKED or isinstance(error, HeadLost):
             raise
-        raise StoppedAtOnce(ASKED.pop()) from error
+        raise StoppedAtOnce(_line(ASKED.pop())) from error
     finally:
+        ASKED.clear()
+        sys.unraisablehook = hook
         for number, old in previous.items():
             signal.signal(number, old if old is not None else signal.SIG_DFL)
 
@@ -48,11 +63,19 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
         KeyboardInterrupt: in a call of Ray's, which lets no other exception of a handler out; see `handling`.
         StoppedAtOnce: anywhere else.
     """
-    line = f"stopped by {signal.Signals(number).name}: run the same command again to go on"
+    ASKED[:] = [number]
     if frame is not None and frame.f_globals.get("__name__", "").startswith("ray."):
-        ASKED[:] = [line]
         raise KeyboardInterrupt
-    raise StoppedAtOnce(line)
+    raise StoppedAtOnce(_line(number))
+
+
+def _line(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}: run the same command again to go on"
+
+
+def _send_again() -> None:
+    if ASKED:
+        signal.pthread_kill(threading.main_thread().ident, ASKED[0])
 
 
 class StopRequest:
@@ -73,6 +96,8 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         with handling(self._ask):
+            if ASKED:  # before, and a library has swallowed it
+                raise StoppedAtOnce(_line(ASKED[0]))
             yield self
 
     def forget(self) -> None:

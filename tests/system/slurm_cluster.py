@@ -146,7 +146,7 @@ class Slurm:
         return time.monotonic() - start
 
     def requeued(self, job: int, times: int, log: Path) -> None:
-        """Wait until a job has been put back for the nth time, and let it start at once (Slurm waits two minutes)."""
+        """Wait until a job has been put back for the nth time; Slurm starts it two minutes later, or by `start_now`."""
 
         def is_back() -> bool:
             found = self.job(job)
@@ -158,6 +158,7 @@ class Slurm:
             raise AssertionError(f"{error}: {self.job(job)}\n{log.read_text()[-3000:]}") from None
 
     def start_now(self, job: int) -> None:
+        time.sleep(1.1)  # its last start was revoked, to the second: one in the same second would be refused as revoked
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def processes(self, job: int | None = None) -> list[psutil.Process]:

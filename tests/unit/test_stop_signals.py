@@ -2,6 +2,9 @@
 
 import os
 import signal
+import time
+import weakref
+from contextlib import suppress
 
 import pytest
 
@@ -39,3 +42,33 @@ def test_in_a_call_of_rays_it_is_an_interruption_and_comes_out_as_what_it_is(tmp
     assert seen == [KeyboardInterrupt] and not stop.ASKED
     with pytest.raises(KeyboardInterrupt), stop.handling(stop.stop_at_once):
         raise KeyboardInterrupt  # of Ctrl-C
+
+
+class Thing:
+    pass
+
+
+def test_a_request_that_comes_in_a_callback_is_not_lost():
+    """Python drops whatever is raised there."""
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedAtOnce, match=r"^stopped by SIGTERM: "), stop.handling(stop.stop_at_once):
+        del thing
+        assert reference() is None and stop.ASKED
+        time.sleep(20)
+    assert not stop.ASKED
+
+
+def test_a_request_that_a_library_swallows_ends_the_run_before_its_training(tmp_path):
+    with pytest.raises(StoppedAtOnce, match=r"^stopped by SIGUSR1: "), stop.handling(stop.stop_at_once):
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with stop.StopRequest(tmp_path / "stop").listening():
+            raise AssertionError("it trains")
+
+
+def test_the_work_of_a_swallowed_request_may_end_well():
+    with stop.handling(stop.stop_at_once):
+        with suppress(StoppedAtOnce):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not stop.ASKED
