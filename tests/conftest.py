@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 # Modules that start a cluster. Under `make test` one process runs them, one after the other, from the first minute on;
 # the other one runs the rest, module by module.
-CLUSTERS = {f"test_{name}" for name in ("compare", "doors", "elastic", "pool", "ray_faults", "resume", "run", "slurm")}
+CLUSTERS = {f"test_{name}" for name in ("compare", "doors", "elastic", "pool", "ray_faults", "slurm")}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,11 +14,15 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from gang import run_gang
 from ray_cluster import Head, head, wait_until
 from safetensors.torch import load_file
 from test_run import FLIPKD, call, tiny_config
+from tiny import fill_store
 
+from flipkd_dist.config import load_config
 from flipkd_dist.metric_log import last_step
+from flipkd_dist.train import train
 
 pytestmark = pytest.mark.system
 STEPS = 30
@@ -38,12 +42,12 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config) -> dict[str, np.ndarray]:
-    """The weights of a run that nothing happened to, but for another cluster that ran beside it."""
-    with head():
-        done = call("train", config, "name=undisturbed")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "multiple active Ray instances" not in done.stderr  # the watch over its workers knows its own cluster
-    return weights(config.parent / "runs" / "undisturbed")
+    """The weights of a run that nothing happened to, in two processes without Ray; the teacher's store is filled."""
+    run = load_config(config, ["name=undisturbed"])
+    fill_store(run)
+    run.run_dir.joinpath("config.yaml").write_text(run.to_yaml())
+    run_gang(2, train, run)
+    return weights(run.run_dir)
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -142,10 +146,11 @@ def test_a_worker_then_the_head_are_lost(config, undisturbed):
         refused = Command(first, "train", config, "name=faulty")
         assert refused.wait(60) == 2 and f"RAY_ADDRESS: nothing answers at 127.0.0.1:{port}: start" in refused.said
 
-    with head() as second:
+    with head() as second, head():
         finished = Command(second, "train", config, "name=faulty")
         assert finished.wait() == 0, finished.said[-3000:]
     assert "train: resumed at step" in finished.said
+    assert "multiple active Ray instances" not in finished.said  # the watch over its workers knows its own cluster
     check_finished(folder, undisturbed)
 
 
