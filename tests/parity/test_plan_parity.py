@@ -140,7 +140,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+REPEATED = ("whole, no dropout", "ZeRO-1, 4-bit", "ZeRO-2, bf16", "ZeRO-3, few alive", "ZeRO-3, checkpointing")
+NAMES = [pytest.param(name, marks=pytest.mark.soak) if name in REPEATED else name for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_plan_agrees_with_what_an_engine_allocates(folders, name):
     case = CASES[name]
     stage, zero = case["stage"], {**ZERO, **case.get("zero", {})}

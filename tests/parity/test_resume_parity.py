@@ -276,10 +276,16 @@ def stop_at(config: RunConfig, workers: int, step: int) -> None:
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True])
+MOVES = [((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 3), (2, 2)), ((2, 1), (2, 3)), ((1, 2), (2, 1)), ((1, 0), (2, 3))]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, 3), (1, 3)), ((1, 3), (2, 3)), ((2, 3), (2, 2)), ((2, 1), (2, 3)), ((1, 2), (2, 1)), ((1, 0), (2, 3))],
+    ("before", "after", "load_in_4bit"),
+    [
+        *((*move, False) for move in MOVES),
+        *((*move, True) for move in MOVES[:2]),
+        *(pytest.param(*move, True, marks=pytest.mark.soak) for move in MOVES[2:]),
+    ],
 )
 def test_other_workers_and_other_stages(prepared, before, after, load_in_4bit):
     """(workers, ZeRO stage) before and after; dropout 0, since other ranks draw other numbers."""
