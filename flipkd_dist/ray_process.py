@@ -7,6 +7,7 @@ from flipkd_dist.console import quiet_others
 
 NOISY = (  # below ray.train.v2._internal
     "execution.controller.placement_group_cleaner",  # its watchdog warns every second where no dashboard runs
+    "execution.controller.controller",  # the traceback of every start that takes long or fails; `ray_watch` says it
     "execution.callback_manager",  # prints the traceback of what `ray_watch` raises to end a run
     "callbacks.backend_setup",  # of leaving a group of which a worker is dead
     "util",  # of every failed worker; failures/ keeps them, and the first is said

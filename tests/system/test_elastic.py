@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.system
 STEPS = 60
 SLOW_S = "2"  # a step, while hosts come and go
 ROOT = Path(__file__).parents[2]
+NODE_ID = """
+import sys, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+print(next(node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == sys.argv[1]))
+"""
 
 
 def wait_for(found: Callable[[], object], what: str, driver: subprocess.Popen, said: Path, patience_s: float = 240):
@@ -81,59 +87,120 @@ def config(tmp_path) -> tuple[Path, RunConfig]:
     return file, undisturbed
 
 
-def test_a_host_is_lost_and_returns(config, tmp_path):
-    file, undisturbed = config
-    run_gang(2, train, undisturbed)
-    folder, said, pace = undisturbed.run_dir.parent / "tiny", tmp_path / "said", tmp_path / "pace"
-    pace.write_text(SLOW_S)
+class Training:
+    """`flipkd train` on two hosts of one CPU each, with slow steps; how long each part took."""
+
+    def __init__(self, first: Host, second: Host, file: Path, folder: Path, short: str):
+        self.first, self.second, self.folder, self.short = first, second, folder, short
+        self.said, self.pace = file.parent / "said", file.parent / "pace"
+        self.pace.write_text(SLOW_S)
+        self.head = f"{first.address}:6379"
+        self.env = {
+            **{key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")},
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "SLOW_STEPS": str(self.pace),
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "disabled",  # nobody else is on this network
+            "FLIPKD_RESIZE_INTERVAL_S": "2",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+            # A host that is silent for so long is lost.
+            "RAY_health_check_initial_delay_ms": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "3000",
+            "RAY_health_check_failure_threshold": "5",
+        }
+        self.marks = [("start", time.monotonic())]
+        start_ray(first, self.env, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={short}/1")
+        self.join()
+        command, env = [sys.executable, "-m", "slow_steps", "train", str(file)], {**self.env, "RAY_ADDRESS": self.head}
+        with self.said.open("w") as out:
+            self.driver = first.start(*command, env=env, stdout=out, stderr=out)
+        self.mark("hosts are there")
+
+    def mark(self, what: str) -> None:
+        self.marks.append((what, time.monotonic()))
+
+    def join(self) -> None:
+        """The second host becomes a node of the cluster."""
+        start_ray(self.second, self.env, f"--address={self.head}")
+
+    def saved(self, workers: int, after: int) -> int:
+        """The step beyond `after` of which that many workers have written a checkpoint."""
+        what = f"checkpoint of {workers} workers"
+        step = wait_for(lambda: saved(self.folder, workers, after), what, self.driver, self.said)
+        self.mark(f"{what}, step {step}")
+        return step
+
+    def finish(self) -> str:
+        """Let it run to its end; all that it said."""
+        self.pace.write_text("0")
+        assert self.driver.wait(timeout=240) == 0, self.said.read_text()[-5000:]
+        self.mark("end")
+        return self.said.read_text()
+
+
+@contextmanager
+def training(file: Path, folder: Path) -> Iterator[Training]:
     short = tempfile.mkdtemp(prefix="fk", dir="/tmp")  # Ray's sockets are named in it
-    env = {
-        **{key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")},
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-        "SLOW_STEPS": str(pace),
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",  # nobody else is on this network
-        "FLIPKD_RESIZE_INTERVAL_S": "2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-        # A host that is silent for so long is lost.
-        "RAY_health_check_initial_delay_ms": "0",
-        "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": "3000",
-        "RAY_health_check_failure_threshold": "5",
-    }
-    marks = [("start", time.monotonic())]
+    begun = None
     try:
-        with hosts(2) as (first, second), said.open("w") as out:
-            head = f"{first.address}:6379"
-            start_ray(first, env, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={short}/1")
-            start_ray(second, env, f"--address={head}")
-            command = [sys.executable, "-m", "slow_steps", "train", str(file)]
-            driver = first.start(*command, env={**env, "RAY_ADDRESS": head}, stdout=out, stderr=out)
-            marks.append(("hosts are there", time.monotonic()))
-            two = wait_for(lambda: saved(folder, 2, 0), "checkpoint of two workers", driver, said)
-            marks.append((f"two workers at step {two}", time.monotonic()))
-            second.unplug()
-            second.crash()
-            one = wait_for(lambda: saved(folder, 1, two), "checkpoint of one worker", driver, said)
-            marks.append((f"one worker at step {one}", time.monotonic()))
-            second.plug()
-            start_ray(second, env, f"--address={head}")
-            marks.append(("the second host is back", time.monotonic()))
-            again = wait_for(lambda: saved(folder, 2, one), "checkpoint of two workers again", driver, said)
-            marks.append((f"two workers at step {again}", time.monotonic()))
-            pace.write_text("0")
-            assert driver.wait(timeout=240) == 0, said.read_text()[-5000:]
-            marks.append(("end", time.monotonic()))
+        with hosts(2) as (first, second):
+            begun = Training(first, second, file, folder, short)
+            yield begun
     finally:
         shutil.rmtree(short, ignore_errors=True)
-        print(said.read_text() if said.exists() else "")
-        for (_, before), (what, now) in pairwise(marks):
-            print(f"{now - before:6.1f} s: {what}")
-    words = said.read_text()
+        if begun is not None:
+            print(begun.said.read_text())
+            for (_, before), (what, now) in pairwise(begun.marks):
+                print(f"{now - before:6.1f} s: {what}")
+
+
+def test_a_host_is_lost_and_returns(config):
+    file, undisturbed = config
+    run_gang(2, train, undisturbed)
+    folder = undisturbed.run_dir.parent / "tiny"
+    with training(file, folder) as run:
+        two = run.saved(2, after=0)
+        run.second.unplug()
+        run.second.crash()
+        one = run.saved(1, after=two)
+        run.second.plug()
+        run.join()
+        run.mark("the second host is back")
+        run.saved(2, after=one)
+        words = run.finish()
     [asked] = set(re.findall(r"a checkpoint of step (\d+) is written, as asked", words))
     assert re.findall(r"resumed at step (\d+) of", words)[-1] == asked  # growing costs no step
     assert "resumed by 1 worker in place of 2: contrast batches of 8 pairs as before, in chunks of at most 4" in words
     assert "its node was lost" in words
+    check(folder, undisturbed.run_dir)
+
+
+@pytest.mark.soak
+def test_a_node_is_announced_to_go(config):
+    """As a spot machine's end is: its workers save before, and what follows counts as no failure."""
+    file, undisturbed = config
+    run_gang(2, train, undisturbed)
+    folder = undisturbed.run_dir.parent / "tiny"
+    with training(file, folder) as run:
+        two = run.saved(2, after=0)
+        nodes = [sys.executable, "-c", NODE_ID, run.second.address]
+        found = run.first.run(*nodes, env={**run.env, "RAY_ADDRESS": run.head})
+        node = found.stdout.split()[-1]
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=20"]
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={run.head}"]
+        done = run.first.run(*drain, f"--node-id={node}", *reason, env=run.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run.mark("announced")
+        last = run.saved(2, after=two)
+        time.sleep(15)
+        run.second.crash()
+        run.mark("gone")
+        run.saved(1, after=last)
+        words = run.finish()
+    assert "a node is to be taken away: a checkpoint is written before it goes" in words
+    assert "(restart 1 of" not in words and "Traceback" not in words
+    assert "its node was taken away" in words and "started again from step" in words
     check(folder, undisturbed.run_dir)
 
 
