@@ -35,12 +35,12 @@ def handling(handler: Callable[..., None]) -> Iterator[None]:
 
     def dropped(found: "sys.UnraisableHookArgs") -> None:
         """Python lets nothing out of a weak reference's callback, say, of which SQLAlchemy's imports are full."""
-        if not ASKED:
-            hook(found)
-        else:
+        if ASKED and isinstance(found.exc_value, StoppedAtOnce | KeyboardInterrupt):
             again = threading.Timer(AGAIN_S, _send_again)
             again.daemon = True
             again.start()
+        else:
+            hook(found)
 
     sys.unraisablehook = dropped
     try:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 import weakref
 from contextlib import suppress
@@ -57,6 +58,22 @@ def test_a_request_that_comes_in_a_callback_is_not_lost():
         assert reference() is None and stop.ASKED
         time.sleep(20)
     assert not stop.ASKED
+
+
+def test_what_else_is_dropped_sends_no_signal(monkeypatch):
+    """The end of a program is not interrupted by a destructor that fails then."""
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: dropped.append(found.exc_type))
+    with pytest.raises(StoppedAtOnce), stop.handling(stop.stop_at_once):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: 1 / 0)
+            del thing
+            assert reference() is None
+            time.sleep(5 * stop.AGAIN_S)
+    assert dropped == [ZeroDivisionError]
 
 
 def test_a_request_that_a_library_swallows_ends_the_run_before_its_training(tmp_path):
