@@ -114,7 +114,7 @@ def test_lines_wait_for_room_and_then_stand_whole_and_once(small_disk, monkeypat
 def test_before_a_checkpoint_all_lines_that_waited_are_written(run, monkeypatch):
     run.log.begin()
     flushed = []
-    monkeypatch.setattr(run.log.tracker, "flush", lambda: flushed.append(len(run.path.read_text().splitlines())))
+    monkeypatch.setattr(run.log.tracker, "save", lambda: flushed.append(len(run.path.read_text().splitlines())))
     run.log.unwritten.append('{"step": 1}\n')  # refused when it was logged
     run.log.save()
     assert run.log.unwritten == [] and flushed == [1]
