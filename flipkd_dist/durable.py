@@ -76,6 +76,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make last what was appended to a file, and its name; nothing where no file is there yet.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+
 def locked(file: BinaryIO, wait: bool) -> bool:
     """Take the lock of a file that is open for writing, as NFS wants it; False on a file system without locks.
 

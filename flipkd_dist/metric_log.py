@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from flipkd_dist.config import RunConfig
+from flipkd_dist.durable import sync_file
 from flipkd_dist.meter import Meter
 from flipkd_dist.order import Order
 from flipkd_dist.run_folder import write_whole
@@ -162,13 +163,15 @@ class MetricLog:
         self.unwritten.clear()
 
     def save(self) -> None:
-        """Write what waits, for MLflow too.
+        """Write what waits, for MLflow too; after this a power loss takes none of it.
 
         Raises:
             OSError: as `flush`.
         """
         self.flush()
-        self.tracker.flush()
+        if self.world.is_main:
+            sync_file(self.path)
+        self.tracker.save()
 
     def check_first_update(self, moves: dict[str, float]) -> None:
         """After the first update something of every layer must have moved, or gradients do not reach it.

@@ -1,13 +1,20 @@
 """The verb `plan`: every layout of a configuration, which of them fits, and the cheapest one, as a table or as JSON."""
 
 from dataclasses import asdict, dataclass, replace
-from itertools import product
-from math import ceil
 
 from flipkd_dist.config import RunConfig
-from flipkd_dist.ds_config import read_policy
+from flipkd_dist.plan_inputs import (
+    chosen_device,
+    configured_layout,
+    contrast_directions,
+    layouts,
+    left_out,
+    sized_for,
+    workload,
+    zero_settings,
+)
 from flipkd_dist.planner import Layout, Memory, Workload, ZeroSettings
-from flipkd_dist.planner_devices import DEFAULT, GIB, Device, find_device
+from flipkd_dist.planner_devices import GIB, Device
 from flipkd_dist.planner_scaling import Speed, largest_batch, scaled_step, speed_of, step_memory
 from flipkd_dist.planner_shape import Shape, student_shape
 
@@ -19,7 +26,7 @@ class Row:
     """A layout at the configured batch, and the most pairs that it could hold."""
 
     layout: Layout
-    runs: bool  # this package starts it: stage 0 is for one worker
+    runs: bool  # this package starts it: stage 0 is for one worker, and none of a range
     fits: bool
     largest_pairs: int  # of one forward
     memory: Memory
@@ -89,14 +96,15 @@ def make_plan(
     Raises:
         UserError
     """
+    config, workers = sized_for(config, num_workers)
     shape = student_shape(config)
     chosen = chosen_device(config, device, memory_gib, tflops, network_gb_s)
-    work = workload(config, chosen, tokens_per_pair)
+    work = workload(config, chosen, tokens_per_pair, workers)
     settings, steps = zero_settings(config), config.train.gradient_accumulation_steps
-    workers = num_workers or config.distributed.max_workers
-    directions = contrast_directions(config)
+    directions, alone = contrast_directions(config), config.distributed.max_workers == 1
     rows = tuple(
-        _row(shape, layout, work, settings[layout.stage], chosen, steps, directions) for layout in layouts(workers)
+        _row(shape, layout, work, settings[layout.stage], chosen, steps, directions, runs=alone or layout.stage > 0)
+        for layout in layouts(workers)
     )
     return Plan(
         model=shape.model_type,
@@ -113,84 +121,21 @@ def make_plan(
     )
 
 
-def left_out(config: RunConfig, shape: Shape) -> tuple[str, ...]:
-    """What the configured student takes besides the plan."""
-    reads = config.student.reads
-    if reads == "lora_a":
-        return ()
-    return (
-        f"student.readout {reads} is not counted: read-outs are {shape.hidden} wide and not {shape.lora_r}, so "
-        "gathering and matrix take more in proportion, and the last layer's end sees more positions",
-    )
-
-
-def chosen_device(
-    config: RunConfig, name: str | None, memory_gib: float | None, tflops: float | None, network_gb_s: float | None
-) -> Device:
-    """The named device with its figures overridden; without a name the default, or `cpu` where the run uses no GPU."""
-    name = name or ("cpu" if config.distributed.use_gpu is False else DEFAULT)
-    return find_device(name, memory_gib, tflops, network_gb_s)
-
-
-def workload(config: RunConfig, device: Device, tokens_per_pair: int | None) -> Workload:
-    """The configured share of a contrast batch of one device, in chunks where `train.mini_batch_size` bounds them."""
-    bf16 = device.is_gpu if config.train.bf16 == "auto" else config.train.bf16
-    inputs_per_pair = 2 if config.student.mode == "alone" else 1
-    return Workload(
-        pairs=config.train.per_device_train_batch_size,
-        tokens_per_pair=tokens_per_pair or inputs_per_pair * config.data.max_length,
-        value_bytes=2 if bf16 else 4,
-        lora_dropout=config.student.lora_dropout,
-        on_gpu=device.is_gpu,
-        double_quant=config.student.bnb_4bit_use_double_quant,
-        chunks=ceil(config.train.per_device_train_batch_size / config.train.pairs_per_forward),
-    )
-
-
-def contrast_directions(config: RunConfig) -> int:
-    return 2 if config.loss.mcl_symmetric else 1
-
-
-def zero_settings(config: RunConfig) -> dict[int, ZeroSettings]:
-    """By stage: the configured file for its own stage, the bundled ones for the others."""
-    policies = {stage: read_policy(f"ds_configs/zero{stage}.json") for stage in (1, 2, 3)}
-    settings = {0: {}} | {stage: policy["zero_optimization"] for stage, policy in policies.items()}
-    own = _policy(config)
-    return {stage: ZeroSettings.of(own if stage == own.get("stage") else one) for stage, one in settings.items()}
-
-
-def _policy(config: RunConfig) -> dict:
-    """What the configured file says of ZeRO."""
-    named = config.distributed.deepspeed
-    return {} if named is None else read_policy(named)["zero_optimization"]
-
-
-def configured_layout(config: RunConfig, workers: int) -> Layout:
-    """The stage and modes that the configuration names; its stage is 0 where it names no file."""
-    policy = _policy(config)
-    offloads = bool(policy.get("offload_optimizer"))
-    return Layout(
-        policy.get("stage", 0), workers, config.student.load_in_4bit, offloads, config.train.gradient_checkpointing
-    )
-
-
-def layouts(workers: int) -> list[Layout]:
-    """All that make sense, in the order of the table; the plain engine has no offloading."""
-    return [
-        Layout(stage, workers, four_bit, offload, checkpointing)
-        for stage, four_bit, offload, checkpointing in product(range(4), *[(False, True)] * 3)
-        if stage or not offload
-    ]
-
-
 def _row(
-    shape: Shape, layout: Layout, work: Workload, zero: ZeroSettings, device: Device, micro_steps: int, directions: int
+    shape: Shape,
+    layout: Layout,
+    work: Workload,
+    zero: ZeroSettings,
+    device: Device,
+    micro_steps: int,
+    directions: int,
+    runs: bool,
 ) -> Row:
     memory = step_memory(shape, layout, work, zero, directions)
     step = scaled_step(shape, layout, work, zero, device, micro_steps, directions)
     return Row(
         layout=layout,
-        runs=layout.stage > 0 or layout.world_size == 1,
+        runs=runs,
         fits=max(memory.peak, memory.load_peak) <= device.usable_bytes,
         largest_pairs=largest_batch(shape, layout, work, zero, device.usable_bytes, directions),
         memory=memory,
@@ -238,7 +183,8 @@ def _reason(row: Row, rows: tuple[Row, ...], configured: Layout, batch: str, usa
     text = f"{title(layout)}: the lowest stage that fits {batch} takes {_need(row)} of {_gib(usable)} GiB"
     below = [one for one in rows if one.layout.stage == layout.stage - 1 and _modes(one.layout) == _modes(layout)]
     for one in below:
-        why = "runs in one process only" if one.fits else f"would take {_need(one)}"
+        only = "runs in one process only" if layout.world_size > 1 else "takes no range of workers"
+        why = only if one.fits else f"would take {_need(one)}"
         text += f", {title(one.layout)} {why}"
     if _modes(layout) != _modes(configured):
         as_configured = [one for one in rows if one.runs and _modes(one.layout) == _modes(configured)]
@@ -299,7 +245,9 @@ def table(plan: Plan) -> str:
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     for line in cells:
         lines.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
-    if workers > 1:
-        lines += ["", "(yes), (no): DDP is for comparison, this package trains without DeepSpeed on one worker"]
+    if not all(row.runs for row in plan.rows):
+        name = "DDP" if workers > 1 else "one process"
+        why = "on one worker" if workers > 1 else "with no range of workers"
+        lines += ["", f"(yes), (no): {name} is for comparison, this package trains without DeepSpeed {why}"]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join([*lines, "", f"recommended: {plan.recommendation.reason}"])

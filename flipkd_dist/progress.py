@@ -115,6 +115,7 @@ class Progress:
         candidate = self._candidate(found.step)
 
         def amend() -> None:
+            self.log.save()  # nobody validates again what says that it is validated
             if self.bench.world.is_main:
                 amend_manifest(found, {**candidate, "unvalidated": False})
                 keep_checkpoints(self.folder, self.keep)
@@ -187,8 +188,8 @@ class Progress:
             "log": self.log.state(),
             "shapes": engine.shapes(),
         }
-        # A checkpoint speaks of lines that are there: a resumed run goes on after them.
-        self._stored(self.log.path, "metrics.jsonl", self.log.save)
+        # A checkpoint speaks of lines that are there, after a power loss too: a resumed run goes on after them.
+        self._stored(self.log.path.parent, "metrics.jsonl or mlflow-spool.jsonl", self.log.save)
         found = save_checkpoint(self.folder, step, engine.slices(), bench.world.random_state(), manifest, bench.world)
 
         def keep() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flipkd_dist.config import RunConfig
+from flipkd_dist.durable import sync_file
 from flipkd_dist.mlflow_sender import Sender
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.spool import Spool
@@ -110,14 +111,29 @@ class RunLogger:
         """Write what waits for room, in order."""
         was_full = len(self._unwritten) > 1
         try:
-            while self._unwritten:
-                self._spool.put(to=self._to, run=self.run_id, **self._unwritten[0])
-                del self._unwritten[0]
+            self._write()
         except OSError as error:
             if not was_full:
                 logger.warning("warning: mlflow: %s: %s: its lines wait for room", self._spool.path, error.strerror)
-        if self._sender is not None:
-            self._sender.wake()
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._spool.put(to=self._to, run=self.run_id, **self._unwritten[0])
+                del self._unwritten[0]
+        finally:
+            if self._sender is not None:
+                self._sender.wake()
+
+    def save(self) -> None:
+        """Write what waits; after this a power loss takes none of it.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        if self.run_id is not None:
+            self._write()
+            sync_file(self._spool.path)
 
     def begin_sending(self) -> None:
         """From now on this process sends what is logged, at once and in the background.

@@ -5,14 +5,15 @@ from math import ceil
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.plan_report import (
+from flipkd_dist.plan_inputs import (
     chosen_device,
     configured_layout,
     contrast_directions,
-    title,
+    sized_for,
     workload,
     zero_settings,
 )
+from flipkd_dist.plan_report import title
 from flipkd_dist.planner import Layout, Workload
 from flipkd_dist.planner_devices import GIB, Device
 from flipkd_dist.planner_scaling import ScaledStep, scaled_step
@@ -59,28 +60,41 @@ def make_scaling(
 
     Args:
         kind: "weak" keeps the pairs per device, "strong" the contrast batch of the configured number of workers,
-            which only numbers that divide it can share.
-        num_workers: what "strong" takes in place of `distributed.num_workers`.
+            which only numbers that divide it can share; of a range of workers that of the largest, in its chunks.
+        num_workers: what "strong" takes in place of a number `distributed.num_workers`.
     Raises:
         UserError
     """
-    if kind == "weak" and num_workers is not None:
-        raise UserError(
-            "--num-workers: --scaling weak takes 1 to 1,024 workers by itself: leave it out, or take --scaling strong"
-        )
+    is_range = config.distributed.min_workers < config.distributed.max_workers
+    if num_workers is not None:
+        _check_useful(config, kind, is_range)
+    config, workers = sized_for(config, num_workers)
     shape, chosen = student_shape(config), chosen_device(config, device, memory_gib, tflops, network_gb_s)
-    workers = num_workers or config.distributed.max_workers
-    layout, work = configured_layout(config, workers), workload(config, chosen, tokens_per_pair)
-    contrast_batch, zero = work.pairs * workers, zero_settings(config)[layout.stage]
+    layout, work = configured_layout(config, workers), workload(config, chosen, tokens_per_pair, workers)
+    contrast_batch, zero = config.contrast_batch_size, zero_settings(config)[layout.stage]
     steps, directions = config.train.gradient_accumulation_steps, contrast_directions(config)
     found = []
     for ranks in WORLDS:
         pairs = work.pairs if kind == "weak" else contrast_batch // ranks
         if kind == "weak" or contrast_batch % ranks == 0:  # or it would be another batch
-            chunks = ceil(pairs / (config.train.mini_batch_size or pairs))
+            most = config.train.chunk_size if is_range else config.train.mini_batch_size or pairs
+            chunks = ceil(pairs / most)
             here, batch = replace(layout, world_size=ranks), replace(work, pairs=pairs, chunks=chunks)
             found.append(scaled_step(shape, here, batch, zero, chosen, steps, directions))
     return Scaling(shape.model_type, kind, chosen, layout, work, steps, shape.lora_r, tuple(found))
+
+
+def _check_useful(config: RunConfig, kind: str, is_range: bool) -> None:
+    """Refuse a number of workers that would change nothing."""
+    if kind == "weak":
+        raise UserError(
+            "--num-workers: --scaling weak takes 1 to 1,024 workers by itself: leave it out, or take --scaling strong"
+        )
+    if is_range:
+        raise UserError(
+            f"--num-workers: the contrast batch of distributed.num_workers = {config.distributed.num_workers} is that "
+            f"of {config.distributed.max_workers} workers, however many run: leave it out"
+        )
 
 
 MS = ("compute", "weights", "gather", "scatter", "matrix", "update", "host", "step")

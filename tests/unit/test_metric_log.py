@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,10 +112,18 @@ def test_lines_wait_for_room_and_then_stand_whole_and_once(small_disk, monkeypat
     assert run.log.unwritten == []
 
 
-def test_before_a_checkpoint_all_lines_that_waited_are_written(run, monkeypatch):
+def test_before_a_checkpoint_all_lines_that_waited_are_written_and_then_synced(run, monkeypatch):
     run.log.begin()
-    flushed = []
-    monkeypatch.setattr(run.log.tracker, "flush", lambda: flushed.append(len(run.path.read_text().splitlines())))
+    tracker = run.log.tracker
+    tracker.run_id, synced = "r", {}
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = path.is_file() and len(path.read_text().splitlines())
+
+    monkeypatch.setattr(os, "fsync", fsync)
     run.log.unwritten.append('{"step": 1}\n')  # refused when it was logged
+    tracker._unwritten.append({"time": 1, "metrics": {"loss": 1.0}, "step": 1})
     run.log.save()
-    assert run.log.unwritten == [] and flushed == [1]
+    assert run.log.unwritten == tracker._unwritten == []
+    assert synced == {"metrics.jsonl": 1, "mlflow-spool.jsonl": 1, "x": False}

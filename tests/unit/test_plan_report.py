@@ -3,14 +3,18 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from transformers import Qwen2Config
 
+from flipkd_dist.chunks import chunk_slices
 from flipkd_dist.cli import cli
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.plan_report import Plan, layouts, make_plan, table
+from flipkd_dist.order import rows_of_rank, training_order
+from flipkd_dist.plan_inputs import layouts
+from flipkd_dist.plan_report import Plan, make_plan, table
 from flipkd_dist.planner import Layout
 from flipkd_dist.planner_devices import DEFAULT, DEVICES, GIB, USABLE, find_device
 from flipkd_dist.planner_shape import student_shape
@@ -162,3 +166,53 @@ def test_read_outs_that_are_not_counted_are_named(config_file):
         configured(config_file.parent / "student", student={"readout": "mean"}, data={"max_length": 64})
     )
     assert "note:" not in run(config_file).output
+
+
+def ranged(folder, least, most, **train) -> RunConfig:
+    return configured(folder, distributed={"num_workers": [least, most]}, train=train)
+
+
+def test_one_worker_of_two_is_planned_as_one_with_the_same_batch_in_the_same_chunks(config_file):
+    folder = config_file.parent / "student"
+    found = make_plan(ranged(folder, 1, 2), num_workers=1)
+    alike = configured(folder, train={"per_device_train_batch_size": 64, "mini_batch_size": 32})
+    expected = make_plan(alike)
+    # But a range runs under DeepSpeed alone.
+    assert found.rows == tuple(replace(row, runs=row.layout.stage > 0) for row in expected.rows)
+    assert found.recommendation.layout == Layout(1, 1) and expected.recommendation.layout == Layout(0, 1)
+    assert "one process takes no range of workers" in found.recommendation.reason
+    assert replace(found, rows=(), recommendation=None) == replace(expected, rows=(), recommendation=None)
+    assert "1 x h100-80gb" in table(found) and "64 pairs a device and micro-step in 2 chunks" in table(found)
+    assert "(yes), (no): one process is for comparison" in table(found) and "(yes)" not in table(expected)
+
+
+def test_all_workers_of_a_range_are_planned_as_their_number(config_file):
+    folder = config_file.parent / "student"
+    two = make_plan(configured(folder, distributed={"num_workers": 2}))
+    assert make_plan(ranged(folder, 1, 2), num_workers=2) == make_plan(ranged(folder, 1, 2)) == two
+    # In place of a number another one is planned, with as many pairs each.
+    assert make_plan(configured(folder, distributed={"num_workers": 4}), num_workers=2) == two
+
+
+@pytest.mark.parametrize(("workers", "mini_batch"), [(2, None), (3, None), (5, 10), (7, 40), (8, 10)])
+def test_a_worker_of_a_range_is_planned_with_what_training_gives_it(config_file, workers, mini_batch):
+    config = ranged(config_file.parent / "student", 2, 8, per_device_train_batch_size=30, mini_batch_size=mini_batch)
+    order, _ = training_order(config, np.arange(500))
+    shares = [rows_of_rank(order.contrast_batch_size, rank, workers) for rank in range(workers)]
+    rows = max(share.stop - share.start for share in shares)
+    chunks = chunk_slices(rows, rows, config.train.chunk_size)
+    work = make_plan(config, num_workers=workers).workload
+    assert (work.pairs, work.chunks) == (rows, len(chunks))
+    assert work.forward_pairs == max(chunk.stop - chunk.start for chunk in chunks)
+
+
+@pytest.mark.parametrize("workers", [1, 9])
+def test_workers_that_training_would_refuse_are_refused(config_file, workers):
+    config = ranged(config_file.parent / "student", 2, 8)
+    with pytest.raises(UserError):
+        config.distributed.check_started(workers)
+    result = run(config_file, "distributed.num_workers=[2,8]", "--num-workers", workers)
+    assert str(result.exception) == (
+        f"--num-workers: {workers} is outside distributed.num_workers = [2, 8], and training would refuse it: "
+        "take a number of that range, or change the range"
+    )

@@ -77,3 +77,18 @@ def test_a_number_of_workers_that_would_be_ignored_is_refused(config_file):  # n
     with pytest.raises(UserError, match=r"^--num-workers: --scaling weak takes 1 to 1,024 workers by itself"):
         make_scaling(configured(config_file.parent / "student"), "weak", num_workers=4)
     assert run(config_file, "--scaling", "both").exit_code == 2
+
+
+def test_a_range_of_workers_keeps_its_contrast_batch_and_its_chunks(config_file):  # noqa: F811
+    folder = config_file.parent / "student"
+    config = configured(folder, distributed={"num_workers": [2, 4]})
+    found = make_scaling(config, "strong")
+    train = {"per_device_train_batch_size": 32, "mini_batch_size": 32}
+    chunked = configured(folder, train=train)
+    assert found.steps == make_scaling(chunked, "strong", num_workers=4).steps and found.steps[0].pairs == 128
+    (row,) = (row for row in make_plan(config, num_workers=2).rows if row.layout == Layout(3, 2))
+    assert (row.speed.step_s, row.memory.peak) == (found.steps[1].step_s, found.steps[1].peak_bytes)
+    weak = make_scaling(configured(folder, distributed={"num_workers": 4}), "weak")
+    assert make_scaling(config, "weak") == weak
+    with pytest.raises(UserError, match=r"^--num-workers: .* = \[2, 4\] is that of 4 workers, .*: leave it out$"):
+        make_scaling(config, "strong", num_workers=2)
