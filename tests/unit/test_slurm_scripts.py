@@ -61,7 +61,9 @@ def stand_in(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_printed_is_what_is_started(stand_in, tmp_path, script):
     started = tmp_path / "started"
-    path = stand_in(srun=f"printf '%q ' srun \"$@\" >> {started}; echo >> {started}", scontrol="", flipkd="", python="")
+    begun = f'[[ "$*" != *wait_for_nodes* ]] || until grep -q slurm_ray_node {started}; do sleep 0.01; done'
+    srun = f'{begun}\nprintf -v line "%q " srun "$@"\necho "$line" >> {started}'
+    path = stand_in(srun=srun, scontrol="", flipkd="", python="")
     said = bash(script, "my run.yaml", "name=a b", DRY_RUN="1", **path).stdout.replace("&\n", "\n")
     done = bash(script, "my run.yaml", "name=a b", **path)
     assert done.returncode == 0, done.stderr
