@@ -21,7 +21,7 @@ def answer(*arguments: str) -> str:
 
 
 def test_the_promised_verbs_are_there():
-    others = "predict rank embed retrieve cluster export pairs convert store".split()
+    others = ["predict", "rank", "embed", "retrieve", "cluster", "export", "pairs", "convert", "store"]
     assert {*CONFIGURED, "teach", "compare", *others} <= set(cli.commands)
     overview = answer("--help")
     assert all(f"\n  {verb} " in overview for verb in cli.commands)
