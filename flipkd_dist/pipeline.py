@@ -24,7 +24,8 @@ from flipkd_dist.score_stage import score_streams, score_tables
 from flipkd_dist.stop import StopRequest
 from flipkd_dist.taught_folder import announce, taught_path
 from flipkd_dist.teacher_stage import is_scored
-from flipkd_dist.tracking import check_run, server_errors, shown_uri
+from flipkd_dist.tracking import check_run
+from flipkd_dist.tracking_server import server_errors, shown_uri
 
 logger = logging.getLogger("flipkd_dist")
 NUM_EXAMPLES = 5  # pairs kept with the registered model
