@@ -20,7 +20,7 @@ from flipkd_dist.run_logger import RunLogger, known_run, training_run
 from flipkd_dist.score_stage import fill_stores
 from flipkd_dist.statistics import compare_rows, table
 from flipkd_dist.teacher_stage import is_scored
-from flipkd_dist.tracking import tracking_uri
+from flipkd_dist.tracking_server import tracking_uri
 
 logger = logging.getLogger("flipkd_dist")
 

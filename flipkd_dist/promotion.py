@@ -4,7 +4,8 @@ from typing import Any
 
 from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import UserError
-from flipkd_dist.tracking import OWN, client, has_store, model_name, server_errors, tracking_uri
+from flipkd_dist.tracking import client, model_name
+from flipkd_dist.tracking_server import OWN, has_store, server_errors, tracking_uri
 
 TEST_PAIRS, FIGURE = "flipkd.test_pairs", "flipkd.test."  # tags of a version: which pairs, and how it did on them
 SHOWN = ("roc_auc", "f1", "accuracy", "average_precision")

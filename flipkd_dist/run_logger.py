@@ -11,7 +11,8 @@ from flipkd_dist.durable import sync_file
 from flipkd_dist.mlflow_sender import Sender
 from flipkd_dist.run_folder import read_json, write_json
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import OWN, ServerPost, flatten, shown_uri, start_run, tracking_uri
+from flipkd_dist.tracking import ServerPost, flatten, start_run
+from flipkd_dist.tracking_server import OWN, shown_uri, tracking_uri
 
 logger = logging.getLogger("flipkd_dist")
 RUN_FILE = "mlflow.json"

@@ -4,64 +4,24 @@ The only module that imports mlflow, inside the functions that need it (besides 
 """
 
 import json
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from flipkd_dist.config import RunConfig, without_credentials
+from flipkd_dist.config import RunConfig
 from flipkd_dist.console import quiet_others
-from flipkd_dist.errors import StoppedOnRequest, UserError
-from flipkd_dist.model_files import one_line
 from flipkd_dist.spool import POINTS_AT_ONCE
+from flipkd_dist.tracking_server import fault, patiently, server_errors, tracking_uri
 
-logger = logging.getLogger("flipkd_dist")
-OWN = "mlflow.db"  # of a run folder where no server is named
 LONGEST_PARAMETER = 500  # characters; what every MLflow store accepts
 MOST_PARAMETERS = 100  # of one request
-LOCKED_WAITS_S = (0.5, 1, 2, 4, 8)  # between tries to begin a run in a database that other runs are writing
-DOWN_WAITS_S = (1, 2, 4, 8, 15, 15, 15)  # and on a server that does not answer
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 KEY = "flipkd.key"  # the tag by which a run is found again whose creation was not seen to end
 # A request that fails is tried again by us, with what is new: mlflow's own way is seven times, for four minutes.
 BRIEF = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-FAULTS = {  # by the error codes of mlflow
-    "server": {
-        "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED",
-        "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED",
-    },
-    "item": {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"},
-    "run": {"RESOURCE_DOES_NOT_EXIST"},
-}  # fmt: skip
-DENIED = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """The server that is named, else a SQLite file in the run folder; credentials may stand in the environment only."""
-    named, known = config.tracking.mlflow_tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
-    if named and known and _as_shown(known) == _as_shown(named):
-        return known
-    return named or known or f"sqlite:///{(config.run_dir / OWN).resolve()}"
-
-
-def has_store(config: RunConfig) -> bool:
-    """Whether there is something to ask: a server is named, or the run folder has a database of its own."""
-    named = config.tracking.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return bool(named) or (config.run_dir / OWN).exists()
-
-
-def shown_uri(config: RunConfig) -> str:
-    """The tracking server as it may be shown and stored."""
-    return _as_shown(tracking_uri(config))
-
-
-def _as_shown(uri: str) -> str:
-    return without_credentials(uri).rstrip("/")
 
 
 def model_name(config: RunConfig) -> str:
@@ -139,41 +99,12 @@ def start_run(config: RunConfig, key: str) -> str:
         UserError: the server is down, or refuses.
     """
     with server_errors(config):
-        return _patiently(lambda: _find_or_create(client(tracking_uri(config)), config, key))
-
-
-@contextmanager
-def server_errors(config: RunConfig, is_kept: bool = False) -> Iterator[None]:
-    """
-    Args:
-        is_kept: the same command goes on with what was done before.
-    Raises:
-        UserError: for any error of mlflow: the server refuses, or it is down.
-        StoppedOnRequest: it is down, and `is_kept`.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "error_code") and not type(error).__module__.startswith("requests."):
-            raise
-        where = f"tracking.mlflow_tracking_uri: {shown_uri(config)}: {without_credentials(one_line(error))}"
-        if fault(error) in ("item", "run"):
-            raise UserError(
-                f"{where}: correct it, or restore what was deleted there (`mlflow runs restore`, `mlflow experiments "
-                "restore`)"
-            ) from None
-        if is_kept and getattr(error, "error_code", None) not in DENIED:
-            raise StoppedOnRequest(
-                f"{where}: the server does not answer; everything is kept: run the same command again"
-            ) from None
-        raise UserError(
-            f"{where}: start the server, or correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
-        ) from None
+        return patiently(lambda: _find_or_create(client(tracking_uri(config)), config, key))
 
 
 def check_run(config: RunConfig, run_id: str) -> None:
     """Ask the server for the run; waits for one that is down."""
-    _patiently(lambda: client(tracking_uri(config)).get_run(run_id))
+    patiently(lambda: client(tracking_uri(config)).get_run(run_id))
 
 
 def _find_or_create(mlflow_client: Any, config: RunConfig, key: str) -> str:
@@ -197,30 +128,6 @@ def _find_or_create(mlflow_client: Any, config: RunConfig, key: str) -> str:
     parent = config.tracking.parent_run_id
     tags = {KEY: key} | ({PARENT: parent} if parent else {})
     return mlflow_client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
-
-
-def _patiently(call: Callable[[], Any]) -> Any:
-    """The call's result; again after a while where a file is locked by other runs, or a server is just starting."""
-    for number in count():
-        try:
-            return call()
-        except Exception as error:
-            code, is_away = getattr(error, "error_code", None), fault(error) in ("server", "unknown")
-            waits_s = DOWN_WAITS_S if code is not None and code not in DENIED and is_away else ()
-            waits_s = LOCKED_WAITS_S if "database is locked" in str(error) else waits_s
-            if number >= len(waits_s):
-                raise
-            if number == 0 and waits_s == DOWN_WAITS_S:
-                logger.warning("warning: mlflow: %s: tried for a minute", without_credentials(one_line(error)))
-        time.sleep(waits_s[number])
-
-
-def fault(error: Exception) -> str:
-    """Whose fault an error of mlflow is, as `mlflow_sender.Post` says it."""
-    code = getattr(error, "error_code", None)
-    if isinstance(error, FileNotFoundError):
-        return "item"
-    return next((fault for fault, codes in FAULTS.items() if code in codes), "unknown")
 
 
 class ServerPost:
@@ -321,7 +228,7 @@ def point_alias(config: RunConfig, name: str, version: str, description: str, ta
             mlflow_client.set_model_version_tag(name, version, key, value)
         mlflow_client.set_registered_model_alias(name, config.tracking.alias, version)
 
-    _patiently(point)
+    patiently(point)
 
 
 def has_version(config: RunConfig, name: str, version: str) -> bool:

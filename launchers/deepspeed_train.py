@@ -45,7 +45,7 @@ def main() -> None:
     try:
         with handling(stop_at_once):
             from flipkd_dist.failures import noting
-            from flipkd_dist.pipeline import train_here
+            from flipkd_dist.train_here import train_here
 
             with noting(config.run_dir, rank, size):
                 train_here(config)

@@ -24,7 +24,8 @@ from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder, read_json
 from flipkd_dist.run_logger import RUN_FILE, RunLogger, send_waiting, training_run
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import _patiently, client
+from flipkd_dist.tracking import client
+from flipkd_dist.tracking_server import patiently
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -154,8 +155,8 @@ def test_a_server_that_goes_away_loses_nothing_and_delays_no_step(server, mlflow
         without_database = training.go_on(20)
         server.database.start()
         with_database = time.monotonic()
-        before = _patiently(lambda: history(mlflow, run.info.run_id, "loss"))[-1]  # it recovers first
-        while _patiently(lambda: history(mlflow, run.info.run_id, "loss"))[-1] <= before + 5:
+        before = patiently(lambda: history(mlflow, run.info.run_id, "loss"))[-1]  # it recovers first
+        while patiently(lambda: history(mlflow, run.info.run_id, "loss"))[-1] <= before + 5:
             assert time.monotonic() - with_database < 60
             time.sleep(0.1)
         back = time.monotonic() - with_database

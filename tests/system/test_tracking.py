@@ -14,7 +14,8 @@ from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.run_logger import RunLogger, send_waiting, training_run
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import client, tracking_uri
+from flipkd_dist.tracking import client
+from flipkd_dist.tracking_server import tracking_uri
 
 pytestmark = pytest.mark.system
 

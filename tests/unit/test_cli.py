@@ -21,7 +21,8 @@ def answer(*arguments: str) -> str:
 
 
 def test_the_promised_verbs_are_there():
-    assert {*CONFIGURED, "predict", "rank", "embed", "retrieve", "cluster", "pairs", "convert"} <= set(cli.commands)
+    others = ["predict", "rank", "embed", "retrieve", "cluster", "export", "pairs", "convert", "store"]
+    assert {*CONFIGURED, "teach", "compare", *others} <= set(cli.commands)
     overview = answer("--help")
     assert all(f"\n  {verb} " in overview for verb in cli.commands)
 

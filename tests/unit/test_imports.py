@@ -106,6 +106,13 @@ def test_the_package_is_imported_without_them():
     assert (done.returncode, done.stdout) == (0, "all\n"), done.stderr
 
 
+def test_every_help_answers_without_torch():
+    slow = "sys.modules.update(dict.fromkeys(['torch', 'transformers']))"
+    every = "[cli.main([*verb, '--help'], standalone_mode=False) for verb in [[], *zip(cli.commands)]]"
+    done = run(f"{slow}; from flipkd_dist.cli import cli; {every}")
+    assert done.returncode == 0 and done.stdout.count("Usage: ") > 15, done.stderr
+
+
 def test_unit_tests_cannot_import_them(absent_libraries):
     for library in absent_libraries:
         with pytest.raises(ImportError):

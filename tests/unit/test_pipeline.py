@@ -1,6 +1,5 @@
 """Which stages the driver asks workers for, and when it asks again; workers are stood in for."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +11,6 @@ from flipkd_dist.config import RunConfig
 from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
 from flipkd_dist.evaluate import binary_metrics
 from flipkd_dist.run_folder import write_json
-from flipkd_dist.together import Refusal
-from flipkd_dist.world import World
 
 MATCHES = binary_metrics(np.array([0.4, 0.9]), np.array([1, 1]), 0.5)  # without ranking metrics
 FIGURES = {"student": MATCHES, "student_readout": binary_metrics(np.array([0.4, 0.9]), np.array([0, 1]), 0.25)}
@@ -87,31 +84,6 @@ def test_a_kill_when_a_stage_is_noted_as_done_loses_no_message(config, asked, mo
         getattr(run, stage)()
 
 
-class TwoRanks:
-    """Rank 1 of 2; what rank 0 has to say is that it failed."""
-
-    size, rank, is_main = 2, 1, False
-
-    def any(self, _):
-        return True
-
-    def barrier(self):
-        pass
-
-    def gather_object(self, own):
-        return [(None, Refusal("the server is down (rank 0 on a)", False, False)), own]
-
-
-def test_where_rank_0_cannot_begin_the_others_do_not_train(config, monkeypatch):
-    trained = []
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: TwoRanks())
-    monkeypatch.setattr(pipeline, "train", lambda *_: trained.append(1))
-    with pytest.raises(RuntimeError, match="the server is down"):
-        pipeline.train_here(config)
-    assert not trained
-
-
 def test_the_way_a_training_ended_is_told(config):
     ended = []
     tracker = SimpleNamespace(finish=ended.append)
@@ -149,39 +121,3 @@ def test_another_number_of_checkpoints_is_evaluated_again(config, asked, monkeyp
     assert sent["mean_test.student_readout.roc_auc"] == sent["test.student_readout.roc_auc"] == 1
     assert sent["mean_test.student.accuracy"] == 0.5 and "mean_test.student.roc_auc" not in sent
     assert {key.split(".")[0] for key in sent} == {"test", "mean_test"}
-
-
-@dataclass(frozen=True)
-class Second(World):
-    """Rank 1 of 2, whose file system is behind: what rank 0 has seen decides."""
-
-    begun: tuple[str, ...] = ()
-    refusal: Refusal | None = None
-    rank: int = 1
-    size: int = 2
-
-    def gather_object(self, value):
-        return [(None, self.refusal) if isinstance(value, tuple) else self.begun, value]
-
-    def any(self, flag: bool) -> bool:
-        return True  # rank 0 has looked
-
-
-def test_what_rank_0_sees_is_what_all_ranks_do(config, monkeypatch):
-    trained = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setattr(pipeline, "train", lambda *_: trained.append(1))
-    config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"num_workers": 2})})
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second())
-    pipeline.train_here(config)
-    assert not trained
-    lacks = Refusal("the teacher's store lacks texts", False, False, is_user=True)
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(refusal=lacks))
-    with pytest.raises(UserError, match="lacks texts"):
-        pipeline.train_here(config)
-    assert not trained
-    monkeypatch.setattr(pipeline, "join_world", lambda *_: Second(begun=("run",)))
-    pipeline.train_here(config)
-    assert trained

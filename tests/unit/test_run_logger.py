@@ -8,9 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from flipkd_dist import run_logger, tracking
+from flipkd_dist import run_logger, tracking, tracking_server
 from flipkd_dist.config import RunConfig, without_credentials
-from flipkd_dist.errors import StoppedAtOnce, StoppedOnRequest, UserError
+from flipkd_dist.errors import StoppedAtOnce, UserError
 from flipkd_dist.run_logger import RUN_FILE, RunLogger, known_run, send_waiting, training_run
 from flipkd_dist.spool import Spool
 
@@ -112,10 +112,10 @@ def test_a_known_run_goes_on_without_the_server_and_a_new_one_does_not_begin(con
 
     waited = []
     monkeypatch.setattr(tracking, "client", refused)
-    monkeypatch.setattr(tracking.time, "sleep", waited.append)
+    monkeypatch.setattr(tracking_server.time, "sleep", waited.append)
     with pytest.raises(UserError) as told:
         training_run(config, "t")
-    assert waited == list(tracking.DOWN_WAITS_S) and 50 < sum(waited) < 70
+    assert waited == list(tracking_server.DOWN_WAITS_S) and 50 < sum(waited) < 70
     assert str(told.value) == (
         "tracking.mlflow_tracking_uri: http://there:5000: no answer from http://there:5000: start the server, or "
         "correct the address and MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
@@ -129,7 +129,7 @@ def test_a_known_run_goes_on_without_the_server_and_a_new_one_does_not_begin(con
 
 def test_credentials_are_neither_stored_nor_sent(config, monkeypatch):
     monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
-    assert tracking.tracking_uri(config) == SECRET
+    assert tracking_server.tracking_uri(config) == SECRET
     training_run(config, "t")
     RunLogger(config, "r").reopen()
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
@@ -143,16 +143,6 @@ def test_credentials_are_neither_stored_nor_sent(config, monkeypatch):
     teacher = {"api_base": "https://u:hush@h/v1", "model_name_or_path": "m"}
     shown = RunConfig.model_validate({"name": "x", "teacher": teacher}).shown()
     assert shown["teacher"]["api_base"] == "https://h/v1"
-
-
-def test_credentials_in_the_environment_serve_a_configuration_that_names_the_same_server(config, monkeypatch):
-    plain = config.model_copy(
-        update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": "http://there:5000"})}
-    )
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
-    assert tracking.tracking_uri(plain) == SECRET
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@elsewhere:5000")
-    assert tracking.tracking_uri(plain) == "http://there:5000"
 
 
 def test_a_full_disk_is_said_once_and_what_is_logged_waits_for_room(config, down, caplog, monkeypatch):
@@ -196,10 +186,10 @@ def test_a_slash_at_the_end_names_the_same_server(config, monkeypatch, uri):
     monkeypatch.setattr(run_logger, "start_run", lambda *_: "r")
     training_run(config, "t")
     slash = config.model_copy(update={"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": uri})})
-    assert known_run(slash) == "r" and tracking.shown_uri(slash) == "http://there:5000"
+    assert known_run(slash) == "r" and tracking_server.shown_uri(slash) == "http://there:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
     plain = {"tracking": config.tracking.model_copy(update={"mlflow_tracking_uri": "http://there:5000/"})}
-    assert tracking.tracking_uri(config.model_copy(update=plain)) == SECRET
+    assert tracking_server.tracking_uri(config.model_copy(update=plain)) == SECRET
 
 
 def test_a_run_folder_moves_with_its_own_database(config, monkeypatch, tmp_path):
@@ -259,7 +249,7 @@ def waits(monkeypatch):
     entities.Param = entities.Metric = lambda key, value: SimpleNamespace(key=key, value=value)
     monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    monkeypatch.setattr(tracking.time, "sleep", found.append)
+    monkeypatch.setattr(tracking_server.time, "sleep", found.append)
     return found
 
 
@@ -316,35 +306,6 @@ def test_what_the_server_refuses_is_told_at_once(monkeypatch, waits):
     with pytest.raises(UserError, match="experiment is deleted"):
         begin(monkeypatch, Store(9, ServerError("INVALID_PARAMETER_VALUE", "the experiment is deleted")))
     assert not waits
-
-
-class Dropped(OSError):
-    """As the errors of requests are that mlflow hands on."""
-
-
-Dropped.__module__ = "requests.exceptions"
-
-
-@pytest.mark.parametrize(
-    "error, kind, said",
-    [
-        (
-            ServerError("INTERNAL_ERROR"),
-            StoppedOnRequest,
-            "the server does not answer; everything is kept: run the same",
-        ),
-        (ServerError("TEMPORARILY_UNAVAILABLE"), StoppedOnRequest, "everything is kept"),
-        (Dropped("reset"), StoppedOnRequest, "everything is kept"),
-        (ServerError("UNAUTHENTICATED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
-        (ServerError("PERMISSION_DENIED"), UserError, "MLFLOW_TRACKING_PASSWORD"),
-        (ServerError("INVALID_PARAMETER_VALUE"), UserError, "restore what was deleted"),
-        (ServerError("RESOURCE_DOES_NOT_EXIST"), UserError, "`mlflow runs restore`"),
-        (OSError(5, "broken disk"), OSError, "broken disk"),
-    ],
-)
-def test_a_server_that_is_away_is_no_mistake_of_the_user_where_the_work_is_kept(config, error, kind, said):
-    with pytest.raises(kind, match=said), tracking.server_errors(config, is_kept=True):
-        raise error
 
 
 @pytest.mark.parametrize("code, num_waits", [("INTERNAL_ERROR", 7), ("UNAUTHENTICATED", 0), ("NOT_FOUND", 0)])
