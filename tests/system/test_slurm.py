@@ -250,7 +250,7 @@ def test_preempted_without_grace(slurm, config, by_ray):
 
 
 @pytest.mark.soak
-def test_the_limit_itself(slurm, config, by_ray):
+def test_the_limit_itself(slurm, config):
     """The controller looks every half minute whose limit is near."""
     folder, log = config.parent / "runs" / "limit", config.parent / "limit.log"
     job = slurm.submit("--time=60", DEEPSPEED, config, "name=limit", "train.max_steps=20000", log=log)
