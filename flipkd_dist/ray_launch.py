@@ -18,6 +18,10 @@ from flipkd_dist.run_folder import RunFolder, write_whole
 
 logger = logging.getLogger("flipkd_dist")
 RESIZE_INTERVAL = "FLIPKD_RESIZE_INTERVAL_S"
+NO_ERROR = (  # of an actor of Ray Train's own, at each start of workers; it looks like an error, and nothing is amiss
+    r"core_worker\.cc:\d+: Actor with class name: 'PreemptionWatcher' and ID: '\w+' "
+    r"has constructor arguments in the object store and max_restarts > 0\."
+)
 
 
 def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
@@ -29,6 +33,8 @@ def join_or_start_ray(config: RunConfig, log_to_driver: bool = True) -> None:
         UserError: there is no cluster at RAY_ADDRESS, or one of another version.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not os.environ.get("FLIPKD_DEBUG"):
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NO_ERROR)  # lines to leave out; read as ray is imported
     import ray
 
     if ray.is_initialized():

@@ -3,6 +3,9 @@
 job=${SLURM_JOB_ID:-0}
 port=$((20000 + job % 500 * 20))  # the job's own 20 ports on each of its nodes
 command -v flipkd >/dev/null || [ ! -f .venv/bin/activate ] || . .venv/bin/activate
+if [ -z "${DRY_RUN:-}" ] && ! command -v flipkd >/dev/null; then
+  echo "flipkd: PATH: no flipkd there, and no .venv in $PWD: activate its environment, then submit" >&2; exit 2
+fi
 
 # The first node is where processes meet, by the address at which Slurm reaches it: its name may mean nothing elsewhere.
 first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)
@@ -55,10 +58,16 @@ leave() {
       srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 rm -rf "/tmp/fk$job"
       say "DONE" ;;
     75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
-      if [[ $now == *JobState=RUNNING* && ( -n $asked || $now == *" PreemptTime=2"* ) ]]; then
+      local why="it stopped by itself, as said above"
+      if [[ $now != *JobState=RUNNING* ]]; then
+        why=$(grep -o 'JobState=[A-Z_]*' <<<"$now") || why="scontrol show job says nothing of it"
+      elif [[ -n $asked || $now == *" PreemptTime=2"* ]]; then
         say "stopped before its end: back into the queue"
-        scontrol requeue "$job" && sleep infinity  # until Slurm ends this shell: an exit now would end the job instead
-      fi ;;
+        # Then wait until Slurm ends this shell: an exit now would end the job instead.
+        why="scontrol requeue: $(scontrol requeue "$job" 2>&1)" && sleep infinity
+      fi
+      echo "flipkd: job $job: ended with $1 before it was done and is not put back (${why//$'\n'/; }):" \
+        "submit it again to go on" >&2 ;;
     *) say "failed with exit code $1: not started again" ;;
   esac
   exit "$1"

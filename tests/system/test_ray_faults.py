@@ -150,6 +150,7 @@ def test_a_worker_then_the_head_are_lost(config, undisturbed):
         finished = Command(second, "train", config, "name=faulty")
         assert finished.wait() == 0, finished.said[-3000:]
     assert "train: resumed at step" in finished.said
+    assert "PreemptionWatcher" not in said + finished.said
     assert "multiple active Ray instances" not in finished.said  # the watch over its workers knows its own cluster
     check_finished(folder, undisturbed)
 

@@ -61,6 +61,7 @@ def call(*arguments) -> subprocess.CompletedProcess:
 def test_the_run_folder_is_complete(run):
     folder, _, result = run
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "PreemptionWatcher" not in result.stdout + result.stderr  # of Ray Train, no error, and left out
     for name in (
         "config.yaml", "teacher/manifest.json", "checkpoints/step-000003/manifest.json",
         "checkpoints/step-000006/manifest.json", "adapter/adapter_model.safetensors", "adapter/flipkd.json",

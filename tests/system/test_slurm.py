@@ -109,7 +109,10 @@ def stub(slurm, tmp_path_factory):
 
 
 def test_which_job_goes_back_into_the_queue(slurm, stub):
-    """One that was asked by USR1 or preempted; not one that ends with 75, fails, or is cancelled by itself."""
+    """One that was asked by USR1 or preempted; not one that ends with 75, fails, or is cancelled by itself.
+
+    One line tells of a job that ended early and is not put back, also where Slurm refuses it.
+    """
     folder, path = stub
 
     def begun(job: int, times: int) -> None:
@@ -130,17 +133,28 @@ def test_which_job_goes_back_into_the_queue(slurm, stub):
     slurm.wait_for(other, "COMPLETED")
     slurm.start_now(job)
     begun(job, 2)
+    assert slurm.job(job)["PreemptTime"] == "None"  # by which the script would put it back once more
     slurm.call("scancel", job)
     slurm.wait_for(job, "CANCELLED")
     assert not slurm.processes(job)
-    assert log.read_text().count("back into the queue") == 2
+    assert log.read_text().count("back into the queue") == 2 and "not put back" not in log.read_text()
+
+    log = folder / "refused.log"
+    job = slurm.submit(path, "--no-requeue", DEEPSPEED, "a.yaml", log=log)
+    begun(job, 0)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_for(job, "FAILED", log=log)
+    line = log.read_text().splitlines()[-1]
+    assert line.startswith(f"flipkd: job {job}: ended with 75 ") and line.endswith("): submit it again to go on")
+    assert "(scontrol requeue: " in line and "disabled" in line
 
     for code in (75, 1, 0):
         (folder / "ends_with").write_text(str(code))
         job = slurm.submit(path, DEEPSPEED, "a.yaml", log=folder / f"{code}.log")
         slurm.wait_for(job, "FAILED", "COMPLETED", log=folder / f"{code}.log")
         assert (slurm.job(job)["ExitCode"], slurm.job(job)["Restarts"]) == (f"{code}:0", "0")
-        assert (folder / f"{code}.log").read_text().rstrip().endswith("DONE") == (code == 0)
+        line = (folder / f"{code}.log").read_text().splitlines()[-1]
+        assert {0: "DONE", 1: "not started again", 75: "it stopped by itself"}[code] in line
 
 
 def test_two_tasks_on_a_node(slurm, stub):
@@ -236,7 +250,7 @@ def test_preempted_without_grace(slurm, config, by_ray):
 
 
 @pytest.mark.soak
-def test_the_limit_itself(slurm, config, by_ray):
+def test_the_limit_itself(slurm, config):
     """The controller looks every half minute whose limit is near."""
     folder, log = config.parent / "runs" / "limit", config.parent / "limit.log"
     job = slurm.submit("--time=60", DEEPSPEED, config, "name=limit", "train.max_steps=20000", log=log)

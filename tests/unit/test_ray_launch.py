@@ -1,5 +1,9 @@
 """What is asked of the cluster: resources by Ray's names, and how many runs at once."""
 
+import os
+import re
+import sys
+
 import pytest
 
 from flipkd_dist import engine, ray_launch
@@ -8,6 +12,46 @@ from flipkd_dist.errors import StoppedOnRequest, UserError
 from flipkd_dist.ray_launch import resize_interval_s, runs_at_once, task_options
 from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.world import World
+
+SKIP = "RAY_DEDUP_LOGS_SKIP_REGEX"
+SAID = (  # by Ray 2.60, when workers start
+    "[2026-11-23 00:58:45,776 E 20569 20605] core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: "
+    "'bd8c0961ce8988c52d9d8c2c01000000' has constructor arguments in the object store and max_restarts > 0. If the "
+    "arguments in the object store go out of scope or are lost, the actor restart will fail. See "
+    "https://github.com/ray-project/ray/issues/53727 for more details."
+)
+
+
+@pytest.fixture
+def skipped(monkeypatch, tmp_path):
+    """What a stand-in for ray reads while it is imported, as Ray does, with these variables set."""
+    (tmp_path / "ray.py").write_text(
+        f"import os\nREAD = os.environ.get({SKIP!r})\ndef is_initialized():\n    return True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray")
+
+    def ask(**variables: str) -> str | None:
+        monkeypatch.setattr(os, "environ", variables)
+        ray_launch.join_or_start_ray(RunConfig(name="quiet"))
+        return sys.modules["ray"].READ
+
+    return ask
+
+
+def test_a_line_of_rays_that_is_no_error_is_left_out(skipped):
+    pattern = re.compile(skipped())
+    assert pattern.search(SAID)
+    others = ("PreemptionWatcher", "Teacher"), ("has constructor arguments", "died"), ("core_worker.cc", "train.py")
+    for word, other in others:
+        assert word in SAID and not pattern.search(SAID.replace(word, other))
+
+
+@pytest.mark.parametrize(
+    "variables, value", [({SKIP: "mine"}, "mine"), ({SKIP: ""}, ""), ({"FLIPKD_DEBUG": "1"}, None)]
+)
+def test_the_users_own_choice_of_lines_stays_and_with_debug_all_are_shown(skipped, variables, value):
+    assert skipped(**variables) == value
 
 
 def test_memory_is_no_resource_of_the_users_own():

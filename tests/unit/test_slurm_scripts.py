@@ -105,6 +105,31 @@ def test_a_signal_just_before_a_step_reaches_it(stand_in, tmp_path):
     assert "requeue 0" in (tmp_path / "asked").read_text()
 
 
+@pytest.mark.parametrize(
+    "asked, shown, why",
+    [
+        ("", "JobState=RUNNING PreemptTime=None", "it stopped by itself, as said above"),
+        ("yes", "JobState=RUNNING PreemptTime=None", "scontrol requeue: Job 7; is refused"),
+        ("", "JobState=RUNNING PreemptTime=2026-11-23T01:00:00", "scontrol requeue: Job 7; is refused"),
+        ("yes", "JobState=CANCELLED PreemptTime=None", "JobState=CANCELLED"),
+        ("yes", "", "scontrol show job says nothing of it"),
+    ],
+)
+@pytest.mark.parametrize("code", [75, 138, 143])
+def test_a_job_that_ends_early_and_is_not_put_back_says_why(stand_in, asked, shown, why, code):
+    scontrol = '[ $1 = requeue ] || { echo $SHOWN; exit; }; printf "Job $2\nis refused\n" >&2; exit 1'
+    shell = f". launchers/slurm_steps.sh; asked=$ASKED; leave {code}"
+    variables = dict(ASKED=asked, SHOWN=shown, SLURM_JOB_ID="7") | stand_in(scontrol=scontrol, flipkd="")
+    done = subprocess.run(
+        ["bash", "-uo", "pipefail", "-c", shell], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True,
+        timeout=30,
+    )  # fmt: skip
+    said = (
+        f"flipkd: job 7: ended with {code} before it was done and is not put back ({why}): submit it again to go on\n"
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 @pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "3"}, {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1"}])
 def test_a_wrong_number_of_tasks_is_said_before_anything_is_scored(stand_in, tmp_path, tasks):
     (tmp_path / "two.yaml").write_text("name: x\ndistributed: {num_workers: 2}\ndata: {train: pairs.jsonl}\n")
@@ -127,6 +152,14 @@ def test_the_projects_own_environment_where_the_active_one_lacks_flipkd(tmp_path
     (tmp_path / "flipkd").touch(mode=0o755)
     other["PATH"] += f":{tmp_path}"
     assert bash("slurm_deepspeed", "a.yaml", folder=tmp_path, **other).stdout.startswith("srun ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_flipkd_to_be_found_is_said_before_anything_is_started(tmp_path, script):
+    shutil.copytree(ROOT / "launchers", tmp_path / "launchers")
+    done = bash(script, "a.yaml", folder=tmp_path, PATH="/usr/bin:/bin")
+    said = f"flipkd: PATH: no flipkd there, and no .venv in {tmp_path}: activate its environment, then submit\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
