@@ -44,9 +44,11 @@ def handling(handler: Callable[..., None]) -> Iterator[None]:
 
     sys.unraisablehook = dropped
     try:
+        if ASKED:  # before, and a library has swallowed it
+            raise StoppedAtOnce(_line(ASKED[0]))
         yield
     except BaseException as error:
-        if not ASKED or isinstance(error, HeadLost):
+        if not ASKED or isinstance(error, HeadLost) or not _came_of_it(error):
             raise
         raise StoppedAtOnce(_line(ASKED.pop())) from error
     finally:
@@ -73,6 +75,13 @@ def _line(number: int) -> str:
     return f"stopped by {signal.Signals(number).name}: run the same command again to go on"
 
 
+def _came_of_it(error: BaseException | None) -> bool:
+    """Whether an error is what became of the handler's exception; a mistake that is found later is told as such."""
+    while error is not None and not isinstance(error, StoppedAtOnce | KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _send_again() -> None:
     if ASKED:
         signal.pthread_kill(threading.main_thread().ident, ASKED[0])
@@ -96,8 +105,6 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         with handling(self._ask):
-            if ASKED:  # before, and a library has swallowed it
-                raise StoppedAtOnce(_line(ASKED[0]))
             yield self
 
     def forget(self) -> None:

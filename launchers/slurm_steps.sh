@@ -4,7 +4,8 @@ job=${SLURM_JOB_ID:-0}
 port=$((20000 + job % 500 * 20))  # the job's own 20 ports on each of its nodes
 command -v flipkd >/dev/null || [ ! -f .venv/bin/activate ] || . .venv/bin/activate
 if [ -z "${DRY_RUN:-}" ] && ! command -v flipkd >/dev/null; then
-  echo "flipkd: PATH: no flipkd there, and no .venv in $PWD: activate its environment, then submit" >&2; exit 2
+  echo "flipkd: PATH: no flipkd there, nor in $PWD/.venv: install it there, or activate its environment, then submit" >&2
+  exit 2
 fi
 
 # The first node is where processes meet, by the address at which Slurm reaches it: its name may mean nothing elsewhere.
@@ -45,13 +46,24 @@ stage() {  # NAME, then srun's options and the command; leaves the job if it fai
   [ "$code" = 0 ] || leave "$code"
 }
 
+ask() {  # scontrol; for a minute again where the controller is busy or its backup takes over. `answer` is what it said
+  local try
+  for try in {1..12}; do
+    answer=$(scontrol "$@" 2>&1) && return
+    [[ $answer == *@("timed out"|"Unable to contact"|"Zero Bytes")* ]] || return
+    sleep "${ASK_EVERY_S:-5}"
+  done
+  false
+}
+
 leave() {
   trap '' USR1
   [ -z "${DRY_RUN:-}" ] || exit 0
   [ -z "$ray" ] || { kill "$ray"; wait "$ray"; } 2>/dev/null  # TERM to srun: it kills its tasks at once
   # On preemption Slurm asks the tasks by TERM and tells this shell nothing. A cancelled job is no longer RUNNING; one that
   # was stopped in another way (the file `stop`, a full disk) is for the user to start again.
-  local now; now=$(scontrol show job "$job" 2>/dev/null)
+  ask show job "$job"
+  local now=$answer
   case $1 in
     0)
       local nodes=${SLURM_NNODES:-1}  # as many tasks: the job's number of them holds for each step otherwise
@@ -60,11 +72,12 @@ leave() {
     75 | 138 | 143)  # 128 + USR1, 128 + TERM: the signal came before the process listened, nothing is lost
       local why="it stopped by itself, as said above"
       if [[ $now != *JobState=RUNNING* ]]; then
-        why=$(grep -o 'JobState=[A-Z_]*' <<<"$now") || why="scontrol show job says nothing of it"
+        why=$(grep -o 'JobState=[A-Z_]*' <<<"$now") || why="scontrol show job: ${now:-nothing}"
       elif [[ -n $asked || $now == *" PreemptTime=2"* ]]; then
         say "stopped before its end: back into the queue"
         # Then wait until Slurm ends this shell: an exit now would end the job instead.
-        why="scontrol requeue: $(scontrol requeue "$job" 2>&1)" && sleep infinity
+        ask requeue "$job" && sleep infinity
+        why="scontrol requeue: $answer"
       fi
       echo "flipkd: job $job: ended with $1 before it was done and is not put back (${why//$'\n'/; }):" \
         "submit it again to go on" >&2 ;;

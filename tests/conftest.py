@@ -22,8 +22,8 @@ import torch
 torch.set_num_threads(1)
 
 
-# Modules that start a cluster. Under `make test` one process runs them, one after the other, from the first minute on;
-# the other one runs the rest, module by module.
+# The longest modules that start clusters. Under `make test` one process runs them, one after the other, from the first
+# minute on; the other one runs the rest, module by module.
 CLUSTERS = {f"test_{name}" for name in ("compare", "doors", "elastic", "pool", "ray_faults", "slurm")}
 
 

@@ -61,8 +61,8 @@ def stand_in(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_printed_is_what_is_started(stand_in, tmp_path, script):
     started = tmp_path / "started"
-    begun = f'[[ "$*" != *wait_for_nodes* ]] || until grep -q slurm_ray_node {started}; do sleep 0.01; done'
-    srun = f'{begun}\nprintf -v line "%q " srun "$@"\necho "$line" >> {started}'
+    begun = f"for i in {{1..1000}}; do grep -q slurm_ray_node {started} && break; sleep 0.01; done"
+    srun = f'[[ "$*" != *wait_for_nodes* ]] || {begun}\nprintf -v line "%q " srun "$@"\necho "$line" >> {started}'
     path = stand_in(srun=srun, scontrol="", flipkd="", python="")
     said = bash(script, "my run.yaml", "name=a b", DRY_RUN="1", **path).stdout.replace("&\n", "\n")
     done = bash(script, "my run.yaml", "name=a b", **path)
@@ -112,7 +112,7 @@ def test_a_signal_just_before_a_step_reaches_it(stand_in, tmp_path):
         ("yes", "JobState=RUNNING PreemptTime=None", "scontrol requeue: Job 7; is refused"),
         ("", "JobState=RUNNING PreemptTime=2026-11-23T01:00:00", "scontrol requeue: Job 7; is refused"),
         ("yes", "JobState=CANCELLED PreemptTime=None", "JobState=CANCELLED"),
-        ("yes", "", "scontrol show job says nothing of it"),
+        ("yes", "", "scontrol show job: nothing"),
     ],
 )
 @pytest.mark.parametrize("code", [75, 138, 143])
@@ -128,6 +128,26 @@ def test_a_job_that_ends_early_and_is_not_put_back_says_why(stand_in, asked, sho
         f"flipkd: job 7: ended with {code} before it was done and is not put back ({why}): submit it again to go on\n"
     )
     assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("busy", ["show job", "requeue 7"])
+def test_a_controller_that_is_busy_is_asked_again(stand_in, tmp_path, busy):
+    """As one whose backup takes over; the job does not end for it."""
+    scontrol = f"""
+        echo "$1 $2" >> {tmp_path}/asked
+        if [ "$1 $2" = "{busy}" ] && [ $(grep -c "$1 $2" {tmp_path}/asked) -lt 3 ]; then
+            echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+        fi
+        [ $1 = requeue ] || echo JobState=RUNNING PreemptTime=None
+    """
+    variables = dict(ASK_EVERY_S="0", SLURM_JOB_ID="7") | stand_in(scontrol=scontrol, flipkd="", sleep="exit 0")
+    done = subprocess.run(
+        ["bash", "-uo", "pipefail", "-c", ". launchers/slurm_steps.sh; asked=yes; leave 75"], cwd=ROOT,
+        env=os.environ | variables, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert sorted(asked.count(each) for each in ("show job", "requeue 7")) == [1, 3] and asked.count(busy) == 3
+    assert "back into the queue" in done.stdout
 
 
 @pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "3"}, {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1"}])
@@ -158,7 +178,10 @@ def test_the_projects_own_environment_where_the_active_one_lacks_flipkd(tmp_path
 def test_no_flipkd_to_be_found_is_said_before_anything_is_started(tmp_path, script):
     shutil.copytree(ROOT / "launchers", tmp_path / "launchers")
     done = bash(script, "a.yaml", folder=tmp_path, PATH="/usr/bin:/bin")
-    said = f"flipkd: PATH: no flipkd there, and no .venv in {tmp_path}: activate its environment, then submit\n"
+    said = (
+        f"flipkd: PATH: no flipkd there, nor in {tmp_path}/.venv: install it there, or activate its environment, then "
+        "submit\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 

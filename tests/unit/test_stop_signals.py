@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from flipkd_dist import stop
-from flipkd_dist.errors import StoppedAtOnce
+from flipkd_dist.errors import StoppedAtOnce, UserError
 
 
 def test_twice_in_a_moment_is_one_request(tmp_path):
@@ -49,10 +49,13 @@ class Thing:
     pass
 
 
-def test_a_request_that_comes_in_a_callback_is_not_lost():
+@pytest.mark.parametrize("module", ["sqlalchemy.event", "ray._private.worker"])
+def test_a_request_that_comes_in_a_callback_is_not_lost(module):
     """Python drops whatever is raised there."""
+    within = {"__name__": module, "os": os, "signal": signal}
+    exec("def callback(_):\n os.kill(os.getpid(), signal.SIGTERM)\n for _ in range(9): pass", within)
     thing = Thing()
-    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    reference = weakref.ref(thing, within["callback"])
     with pytest.raises(StoppedAtOnce, match=r"^stopped by SIGTERM: "), stop.handling(stop.stop_at_once):
         del thing
         assert reference() is None and stop.ASKED
@@ -76,12 +79,21 @@ def test_what_else_is_dropped_sends_no_signal(monkeypatch):
     assert dropped == [ZeroDivisionError]
 
 
-def test_a_request_that_a_library_swallows_ends_the_run_before_its_training(tmp_path):
+@pytest.mark.parametrize("begin", [lambda file: stop.StopRequest(file).listening(), lambda _: stop.handling(print)])
+def test_a_request_that_a_library_swallows_ends_the_run_before_its_training(tmp_path, begin):
+    """Of one run, and of the runs of a comparison."""
     with pytest.raises(StoppedAtOnce, match=r"^stopped by SIGUSR1: "), stop.handling(stop.stop_at_once):
         with suppress(BaseException):
             os.kill(os.getpid(), signal.SIGUSR1)
-        with stop.StopRequest(tmp_path / "stop").listening():
+        with begin(tmp_path / "stop"):
             raise AssertionError("it trains")
+
+
+def test_a_mistake_that_is_found_after_a_swallowed_request_is_told():
+    with pytest.raises(UserError, match=r"^data"), stop.handling(stop.stop_at_once):
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("data.train: is missing")
 
 
 def test_the_work_of_a_swallowed_request_may_end_well():
