@@ -77,7 +77,7 @@ def hosts(number: int = 2) -> Iterator[list[Host]]:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed: tests/system/install.sh, as root")
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        pytest.skip("network namespaces need root (and tests/system/install.sh)")
     prefix = f"fk{os.getpid()}-{next(_SERIAL)}"
     made = [Host(f"{prefix}-{place}", f"node{place}", f"10.77.0.{place}") for place in range(1, number + 1)]
     try:

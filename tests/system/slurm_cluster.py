@@ -100,6 +100,7 @@ class Slurm:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(Path(__file__).parents[2]),
+            "SPT_NOENV": "1",  # Ray's processes rename themselves, and would write over the marks of `processes`
         }
         for key in ("MLFLOW_TRACKING_URI", "MASTER_ADDR", "MASTER_PORT"):
             self.environment.pop(key, None)
@@ -178,7 +179,7 @@ class Slurm:
 def _requirements() -> None:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if os.geteuid() != 0:
-        pytest.skip("slurmd needs root")
+        pytest.skip("slurmd needs root (and tests/system/install.sh)")
     if missing:
         pytest.skip(f"{missing[0]} is not installed: tests/system/install.sh, as root")
 

@@ -1,5 +1,6 @@
 """One configuration, started by every launcher on two workers: the same adapter."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from doors import LAUNCHERS, door_config, end, environment, opened, ray_head, same_adapter
 from namespaces import Host, hosts
 from slurm_cluster import slurm_cluster
+
+from flipkd_dist.metric_log import last_step
 
 pytestmark = pytest.mark.system
 SCRIPT = LAUNCHERS / "deepspeed_train.py"
@@ -34,29 +37,43 @@ def reference(config, cluster):
     return config.parent / "runs" / "flipkd"
 
 
-def test_ray_job(config, cluster, reference):
-    """Stopped once before its training, with 75 as anywhere; the configuration is a file of the working directory."""
-    command = [LAUNCHERS / "ray_submit.sh", config.name, "name=job"]
+@pytest.fixture
+def submitted(config, cluster):
+    """The command that submits a job with a training of this name, and its variables."""
     variables = dict(VERB="train", RAY_ADDRESS=cluster[1], WORKING_DIR=str(config.parent))
-    folder = config.parent / "runs" / "job"
+    return lambda name, *overrides: ([LAUNCHERS / "ray_submit.sh", config.name, f"name={name}", *overrides], variables)
+
+
+def test_ray_job(submitted, reference):
+    """Its configuration is a file of the working directory."""
+    command, variables = submitted("job")
+    opened(command, **variables)
+    same_adapter(reference, reference.parent / "job")
+
+
+def test_ray_job_that_is_stopped_while_it_trains(submitted, reference):
+    """With 75 as anywhere, and a checkpoint of its last step."""
+    command, variables = submitted("long", "train.max_steps=4000", "train.save_steps=4000")
+    folder = reference.parent / "long"
     stopped = subprocess.Popen(
-        command, env=environment(**variables, JOB_ID="stopped"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command, env=environment(**variables, JOB_ID="stopped"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 250
-        while not (folder / "config.yaml").exists():
-            assert stopped.poll() is None and time.monotonic() < deadline, stopped.communicate()[1][-3000:]
+        while not (step := last_step(folder / "metrics.jsonl")):
+            assert stopped.poll() is None and time.monotonic() < deadline, stopped.communicate()[0][-3000:]
             time.sleep(0.1)
-        opened(["ray", "job", "stop", "--no-wait", "stopped"], RAY_ADDRESS=cluster[1])
-        said = stopped.communicate(timeout=200)[1]
+        opened(["ray", "job", "stop", "--no-wait", "stopped"], RAY_ADDRESS=variables["RAY_ADDRESS"])
+        said = stopped.communicate(timeout=200)[0]
     finally:
         end(stopped)
     assert stopped.returncode == 75, said[-3000:]
     assert said.splitlines()[-1] == "flipkd: job stopped was stopped: submit it again to go on"
-    assert not (folder / "adapter").exists()
-    opened(command, **variables)
-    same_adapter(reference, folder)
+    [saved] = (folder / "checkpoints").glob("step-*/manifest.json")
+    reached = json.loads(saved.read_text())["step"]
+    assert f"stopped on request with a complete checkpoint of step {reached} of 4000" in said
+    assert step <= reached == last_step(folder / "metrics.jsonl") and not (folder / "adapter").exists()
 
 
 def test_deepspeed(config, reference):

@@ -1,5 +1,7 @@
 """What `flipkd convert` writes, read by the libraries it is written for."""
 
+from itertools import product
+
 import pytest
 
 from flipkd_dist.convert_command import convert
@@ -31,11 +33,12 @@ def loaded(tmp_path, target, extension):
     )
 
 
-@pytest.mark.parametrize("extension", BUILDERS)
-@pytest.mark.parametrize("target", COLUMNS)
+LISTS = ("flagembedding", "tevatron")  # in a record, for which CSV has no place
+WRITTEN = [pair for pair in product(COLUMNS, BUILDERS) if not (pair[0] in LISTS and pair[1] == "csv")]
+
+
+@pytest.mark.parametrize(("target", "extension"), WRITTEN)
 def test_datasets_reads_it(tmp_path, target, extension):
-    if extension == "csv" and target in ("flagembedding", "tevatron"):
-        pytest.skip("lists in a record")
     found = loaded(tmp_path, target, extension)
     assert found.column_names == COLUMNS[target]
     if "sentence1" in found.column_names:

@@ -184,6 +184,36 @@ def test_five_kills_at_random_steps(config, undisturbed):
 
 
 @pytest.mark.soak
+def test_no_restart_is_left(config):
+    folder = config.parent / "runs" / "brittle"
+    command = Command(None, "train", config, "name=brittle", "distributed.max_failures=0", "train.max_steps=4000")
+    command.wait_until(lambda: last_step(folder / "metrics.jsonl") >= 5)
+    began = time.monotonic()
+    command.workers()[0].kill()
+    assert command.wait() == 1
+    print(f"ended {time.monotonic() - began:.0f} s after the kill")
+    said = command.said.splitlines()[-1]
+    assert said.startswith("flipkd: rank ") and f" on {socket.gethostname()}: died (killed, or out of memory?)" in said
+    assert "no restart is left of distributed.max_failures = 0" in said
+
+
+@pytest.mark.soak
+def test_a_worker_that_stands_still_is_started_again(config, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "15")
+    folder = config.parent / "runs" / "silent"
+    command = Command(None, "train", config, "name=silent", "train.max_steps=600")
+    command.wait_until(lambda: last_step(folder / "metrics.jsonl") >= 5)
+    began, silent = time.monotonic(), command.workers()[0]
+    silent.suspend()
+    command.wait_until(lambda: "does not answer (hung, or its node cannot be reached?)" in command.said)
+    noticed = time.monotonic() - began
+    command.wait_until(lambda: "resumed at step" in command.said)
+    print(f"noticed after {noticed:.0f} s, training again after {time.monotonic() - began:.0f} s")
+    assert not silent.is_running() or silent.status() == psutil.STATUS_ZOMBIE
+    assert command.wait() == 0, command.said[-3000:]
+
+
+@pytest.mark.soak
 def test_a_kill_after_training_does_not_train_again(config):
     folder = config.parent / "runs" / "evaluating"
     command = Command(None, "run", config, "name=evaluating")
