@@ -351,7 +351,7 @@ def test_stopped_where_a_validation_is_due(prepared, undisturbed):
     assert lines(config) == lines(undisturbed)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.soak), 2, 3])
 def test_bf16_goes_on_from_the_fp32_masters(prepared, stage):
     settled = run_config(prepared, f"bf16-whole-{stage}", 2, stage, bf16=True)
     run_gang(2, train, settled)
@@ -361,7 +361,7 @@ def test_bf16_goes_on_from_the_fp32_masters(prepared, stage):
     assert_equal(killed, settled)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_with_an_offloaded_optimizer(prepared, tmp_path, stage):
     policy = tmp_path / "offload.json"
     policy.write_text(json.dumps({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}))

@@ -161,6 +161,7 @@ def ssh(tmp_path, two_hosts):
             server.wait()
 
 
+@pytest.mark.soak
 def test_deepspeed_with_pdsh(config, reference, two_hosts, ssh):
     """One command on the first host; what the workers need of the environment stands in .deepspeed_env."""
     variables = two_hosts[0].environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
