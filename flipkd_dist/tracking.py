@@ -207,14 +207,20 @@ def log_pyfunc(
     return str(info.registered_model_version)
 
 
-def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]]) -> Any:
-    """p(match) of the example from the registered version, loaded as any MLflow user would."""
+def load_registered(
+    config: RunConfig, uri: str, example: list[tuple[str, str]], model_config: dict[str, Any] | None = None
+) -> Any:
+    """p(match) of the example from the registered version, loaded as any MLflow user would.
+
+    Args:
+        model_config: other values for keys that the version was logged with; MLflow leaves out those that it was not.
+    """
     client(tracking_uri(config))
     import mlflow
     import pandas as pd
 
     with _transferring():
-        model = mlflow.pyfunc.load_model(uri)
+        model = mlflow.pyfunc.load_model(uri, model_config=model_config)
     return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
 
 
