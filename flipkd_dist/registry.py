@@ -136,7 +136,7 @@ def _answers(adapter: Path, example: list[tuple[str, str]]) -> tuple[tuple[np.nd
     try:
         return Matcher(adapter, streamed=True).predict(example), True
     except UserError as error:  # a base that cannot be streamed; anything else is raised again by the other way
-        logger.debug("the base is loaded whole: %s", error)
+        logger.info("register: the base cannot be streamed (%s): it is loaded whole", error)
     answers = Matcher(adapter).predict(example)
     gc.collect()  # or the registered version's base would lie beside it
     return answers, False
