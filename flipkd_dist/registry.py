@@ -108,7 +108,9 @@ def register(
             "warning: %.2f GB go into the registry: with student.tuning: full it is the whole model", size / 1e9
         )
     before = _version_before(config, key, name)
-    version = before or log_pyfunc(config, run_id, name, code, adapter, example, outputs, settings)
+    version = before or log_pyfunc(
+        config, run_id, name, code, adapter, example, outputs, settings, {"streamed": streamed}
+    )
     _note_version(config, key, version)  # at once: whoever is killed now makes no second one
     found = load_registered(config, f"models:/{name}/{version}", example, {"streamed": streamed})
     worst = float(np.max(np.abs(found - expected)))

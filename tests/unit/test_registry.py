@@ -26,7 +26,7 @@ def server(tmp_path, monkeypatch):
     )
 
     def log(*arguments):
-        found.logged = arguments[-1]
+        found.logged, found.tried_with = arguments[-2:]
         found.versions.append(str(len(found.versions) + 1))
         return found.versions[-1]
 
@@ -34,13 +34,13 @@ def server(tmp_path, monkeypatch):
         def __init__(self, _, streamed=False):
             if streamed and not found.streams:
                 raise UserError("lacks weights under the names of")
-            found.loaded.append(weakref.ref(self))
+            found.loaded.append((weakref.ref(self), streamed))
 
         def predict(self, _):
             return np.array([0.5]), np.array([0.5])
 
     def load(config, uri, example, model_config):
-        found.beside, found.asked = [one() for one in found.loaded], model_config
+        found.beside, found.asked = [(one(), streamed) for one, streamed in found.loaded], model_config
         if found.dies:
             raise Killed
         return found.answers
@@ -92,5 +92,5 @@ def test_a_version_that_was_deleted_is_made_again(server):
 def test_the_base_is_streamed_where_it_can_be_and_never_lies_there_twice(server, streams):
     server.streams = streams
     assert call(server) == "1"
-    assert server.logged["streamed"] is False and server.asked == {"streamed": streams}
-    assert server.beside == [None]  # one model was made, and it is gone before the registered version comes
+    assert server.logged["streamed"] is False and server.asked == server.tried_with == {"streamed": streams}
+    assert server.beside == [(None, streams)]  # one model was made, and it is gone before the registered version comes
