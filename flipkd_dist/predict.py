@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flipkd_dist.adapter import WEIGHTS, AdapterCard, check_probe, load_weights
 from flipkd_dist.base import check_base, fills_blank, load_tokenizer, shares_prefix
-from flipkd_dist.base_loader import Whole
+from flipkd_dist.base_loader import Streamed, Whole
 from flipkd_dist.batches import BatchMaker
 from flipkd_dist.config import StudentConfig
 from flipkd_dist.errors import UserError
@@ -77,15 +77,24 @@ def merge_lora(student: Student) -> None:
 class Matcher:
     """A base with its adapter, or a tuned model; `threshold` is the decision threshold of p(match) from validation."""
 
-    def __init__(self, folder: Path, base_model: str | None = None, device: str | None = None, merge: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        base_model: str | None = None,
+        device: str | None = None,
+        merge: bool = True,
+        streamed: bool = False,
+    ):
         """
         Args:
             folder: an adapter folder.
             base_model: where the base is, if not where it was in training.
             merge: add the adapter to the base's weights in memory (`merge_lora`), where they are dense and fp32: there
                 alone it is exact.
+            streamed: read the base again for each forward, one layer in memory at a time (`Streamed`): for a few pairs
+                where the whole has no room. Nothing is merged then.
         Raises:
-            UserError: no adapter there, or a base that is not the one it was trained on.
+            UserError: no adapter there, a base that is not the one it was trained on, or one that cannot be streamed.
             RuntimeError: the adapter does not answer its probe pair as it did when it was saved.
         """
         card, base, encoder = _saved_reading(folder, base_model)
@@ -93,12 +102,11 @@ class Matcher:
         # On a CPU bf16 is slow, and fp32 answers the same up to bf16's rounding.
         dtype = torch.float32 if device == "cpu" else getattr(torch, card.dtype)
         settings = _saved_settings(folder, card, base)
-        student = load_student(
-            base, settings, encoder.answer_ids, settings.lora_r, dtype=dtype, placement=Whole(device)
-        )
+        placement = Streamed(device) if streamed else Whole(device)
+        student = load_student(base, settings, encoder.answer_ids, settings.lora_r, dtype=dtype, placement=placement)
         if card.tuning == "lora":
             load_weights(student, folder / WEIGHTS)
-        if merge and dtype == torch.float32 and not card.load_in_4bit:
+        if merge and not streamed and dtype == torch.float32 and not card.load_in_4bit:
             merge_lora(student)
         self.threshold, self.student = card.threshold, student.to(device).eval()
         self.make_batch = BatchMaker(encoder, student, shares_prefix(student.model.config, card.max_length))

@@ -13,7 +13,10 @@ class FlipkdModel(PythonModel):
     """DataFrame with `text_a` and `text_b` in; `p_match`, `similarity` of the read-outs and `match` out."""
 
     def load_context(self, context) -> None:
-        self.matcher = Matcher(Path(context.artifacts["adapter"]), (context.model_config or {}).get("base_model"))
+        settings = context.model_config or {}
+        self.matcher = Matcher(
+            Path(context.artifacts["adapter"]), settings.get("base_model"), streamed=settings.get("streamed", False)
+        )
 
     def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
         texts = list(zip(model_input["text_a"], model_input["text_b"], strict=True))

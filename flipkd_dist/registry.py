@@ -1,5 +1,6 @@
 """A verified adapter into the MLflow registry, and registered versions back out."""
 
+import gc
 import logging
 from pathlib import Path
 
@@ -97,19 +98,21 @@ def register(
     text = model_card(config, card, read_json(config.run_dir / "metrics.json"))
     write_whole(adapter / "README.md", text)
     name = model_name(config)
-    expected, similarity = Matcher(adapter).predict(example)
+    (expected, similarity), streamed = _answers(adapter, example)
     code = Path(__file__).with_name("pyfunc_model.py")
     outputs = {"p_match": expected, "similarity": similarity, "match": expected >= card.threshold}
-    base = {"base_model": card.base_model}
+    settings = {"base_model": card.base_model, "streamed": False}  # where it is loaded, there is room for the base
     if card.tuning == "full":
-        base, size = {}, sum(path.stat().st_size for path in adapter.iterdir())
+        settings, size = {"streamed": False}, sum(path.stat().st_size for path in adapter.iterdir())
         logger.warning(
             "warning: %.2f GB go into the registry: with student.tuning: full it is the whole model", size / 1e9
         )
     before = _version_before(config, key, name)
-    version = before or log_pyfunc(config, run_id, name, code, adapter, example, outputs, base)
+    version = before or log_pyfunc(
+        config, run_id, name, code, adapter, example, outputs, settings, {"streamed": streamed}
+    )
     _note_version(config, key, version)  # at once: whoever is killed now makes no second one
-    found = load_registered(config, f"models:/{name}/{version}", example)
+    found = load_registered(config, f"models:/{name}/{version}", example, {"streamed": streamed})
     worst = float(np.max(np.abs(found - expected)))
     if not worst <= TOLERANCE:
         _note_version(config, None, version)
@@ -125,6 +128,20 @@ def register(
         worst,
     )
     return name, version
+
+
+def _answers(adapter: Path, example: list[tuple[str, str]]) -> tuple[tuple[np.ndarray, np.ndarray], bool]:
+    """p(match) and similarities of the example, and whether the base was streamed; no model stays in memory.
+
+    A run ends here on a machine that may have neither a GPU nor room for the base.
+    """
+    try:
+        return Matcher(adapter, streamed=True).predict(example), True
+    except UserError as error:  # a base that cannot be streamed; anything else is raised again by the other way
+        logger.info("register: the base cannot be streamed (%s): it is loaded whole", error)
+    answers = Matcher(adapter).predict(example)
+    gc.collect()  # or the registered version's base would lie beside it
+    return answers, False
 
 
 def _note_version(config: RunConfig, key: str | None, version: str) -> None:

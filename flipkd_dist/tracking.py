@@ -176,6 +176,20 @@ class ServerPost:
             mlflow_client.set_terminated(run, message["status"], end_time=message["time"])
 
 
+@contextmanager
+def _loading_with(model_config: dict[str, Any]) -> Iterator[None]:
+    """Every load by MLflow takes these values."""
+    key = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
+    before = os.environ.get(key)
+    os.environ[key] = json.dumps(model_config)
+    try:
+        yield
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before
+
+
 def log_pyfunc(
     config: RunConfig,
     run_id: str,
@@ -185,15 +199,20 @@ def log_pyfunc(
     example: list[tuple[str, str]],
     outputs: dict[str, Any],
     model_config: dict[str, Any],
+    tried_with: dict[str, Any],
 ) -> str:
-    """Log the adapter as a models-from-code pyfunc in the training's run and register it; the new version."""
+    """Log the adapter as a models-from-code pyfunc in the training's run and register it; the new version.
+
+    Args:
+        tried_with: other values of `model_config` for the load by which MLflow tries the example.
+    """
     client(tracking_uri(config))
     import mlflow
     import pandas as pd
     from mlflow.models import infer_signature
 
     inputs = pd.DataFrame(example, columns=["text_a", "text_b"])
-    with _transferring(), mlflow.start_run(run_id=run_id):
+    with _transferring(), _loading_with(tried_with), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code),
@@ -207,14 +226,20 @@ def log_pyfunc(
     return str(info.registered_model_version)
 
 
-def load_registered(config: RunConfig, uri: str, example: list[tuple[str, str]]) -> Any:
-    """p(match) of the example from the registered version, loaded as any MLflow user would."""
+def load_registered(
+    config: RunConfig, uri: str, example: list[tuple[str, str]], model_config: dict[str, Any] | None = None
+) -> Any:
+    """p(match) of the example from the registered version, loaded as any MLflow user would.
+
+    Args:
+        model_config: other values for keys that the version was logged with; MLflow leaves out those that it was not.
+    """
     client(tracking_uri(config))
     import mlflow
     import pandas as pd
 
     with _transferring():
-        model = mlflow.pyfunc.load_model(uri)
+        model = mlflow.pyfunc.load_model(uri, model_config=model_config)
     return model.predict(pd.DataFrame(example, columns=["text_a", "text_b"]))["p_match"].to_numpy()
 
 

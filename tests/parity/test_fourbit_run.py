@@ -71,7 +71,9 @@ def test_the_adapter_says_how_its_base_was_loaded_and_answers_with_it(run):
     card = AdapterCard.read(folder)
     assert (card.load_in_4bit, card.bnb_4bit_quant_type, card.bnb_4bit_use_double_quant) == (True, "fp4", False)
     records = [json.loads(line) for line in Path(config.data.test).read_text().splitlines()]
-    found, _ = Matcher(folder).predict([(record["text_a"], record["text_b"]) for record in records])
+    texts = [(record["text_a"], record["text_b"]) for record in records]
+    found, _ = Matcher(folder).predict(texts)
+    np.testing.assert_allclose(Matcher(folder, streamed=True).predict(texts)[0], found, rtol=0, atol=1e-6)
     lines = (config.run_dir / "predictions-test.jsonl").read_text().splitlines()
     np.testing.assert_allclose(found, [json.loads(line)["student"] for line in lines], rtol=0, atol=1e-5)
     assert np.std(found) > 1e-4

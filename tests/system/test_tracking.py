@@ -8,13 +8,15 @@ import time
 import pytest
 from test_tuned_folder import TEXTS, card_of, moved_student, state_of
 
+from flipkd_dist import predict
 from flipkd_dist.adapter import save_tuned
+from flipkd_dist.base_loader import Streamed, Whole
 from flipkd_dist.config import RunConfig
 from flipkd_dist.registry import register
 from flipkd_dist.run_folder import RunFolder
 from flipkd_dist.run_logger import RunLogger, send_waiting, training_run
 from flipkd_dist.spool import Spool
-from flipkd_dist.tracking import client
+from flipkd_dist.tracking import client, load_registered
 from flipkd_dist.tracking_server import tracking_uri
 
 pytestmark = pytest.mark.system
@@ -31,6 +33,9 @@ def test_a_client_does_not_name_a_server_for_the_next_run(tmp_path, monkeypatch,
 
 def test_a_model_tuned_as_a_whole_is_registered_and_answers_from_the_registry(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    placements = []
+    for kind in (Streamed, Whole):
+        monkeypatch.setattr(predict, kind.__name__, lambda device, kind=kind: placements.append(kind) or kind(device))
     student, encoder, base = moved_student(tmp_path, "qwen2")
     config = RunConfig.model_validate({"name": "whole", "output_dir": str(tmp_path), "student": {"tuning": "full"}})
     folder = RunFolder(config)
@@ -40,6 +45,9 @@ def test_a_model_tuned_as_a_whole_is_registered_and_answers_from_the_registry(tm
         "whole",
         "1",
     )  # it compares the answers
+    assert placements == [Streamed] * 3  # the folder's model, MLflow's own try of the example, the registered one
+    load_registered(config, "models:/whole/1", TEXTS)
+    assert placements[3:] == [Whole]
 
 
 def test_what_is_sent_again_stands_once_in_sqlite(tmp_path, monkeypatch):

@@ -119,6 +119,8 @@ def launcher_problems(config: dict) -> list[str]:
         for command in commands if key.endswith("commands") else []:
             if "#" in shlex.split(command, comments=False):
                 found.append(f"{key}: a comment inside a command")
+            if "apt-get install" in command and "apt-get update &&" not in command:
+                found.append(f"{key}: apt-get installs from a list of packages that may be old or missing")
             if "pip install" in command and "--constraint" not in command:
                 found.append(f"{key}: pip installs without constraints.txt")
     return found

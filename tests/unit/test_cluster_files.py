@@ -160,6 +160,7 @@ def test_a_broken_compose_file_is_refused(path, value, said):
         ("setup_commands", GONE, "setup_commands: not said"),
         ("setup_commands", ["pip install ray"], "pip installs without constraints.txt"),
         ("initialization_commands", ["mount x  # fill in"], "a comment inside a command"),
+        ("initialization_commands", ["sudo apt-get install -y x"], "apt-get installs from a list"),
     ],
 )
 def test_a_broken_launcher_file_is_refused(name, path, value, said):

@@ -163,6 +163,39 @@ def test_actors_and_workers_of_the_run_have_room_on_their_own_nodes_and_on_no_ot
     assert (teacher.num_gpus_per_worker, distributed.use_gpu) == (0, True)
 
 
+MEMORY_GIB = {"m7i.2xlarge": 32, "r7i.2xlarge": 64, "n2-standard-8": 32, "n2-highmem-8": 64}
+PARAMETERS = {"glm-4-9b": 9.4e9}
+
+
+def heads() -> dict[str, int]:
+    """Memory of every head, GiB."""
+    limits = ray_pods()["head"]["containers"][0]["resources"]["limits"]
+    aws, gcp = (
+        documents(f"ray_{place}.yaml")[0]["available_node_types"]["head"]["node_config"] for place in ("aws", "gcp")
+    )
+    return {
+        "kuberay": int(limits["memory"].removesuffix("Gi")),
+        "aws": MEMORY_GIB[aws["InstanceType"]],
+        "gcp": MEMORY_GIB[gcp["machineType"]],
+    }
+
+
+def test_a_head_has_room_for_the_student_that_it_registers():
+    """A base that cannot be streamed is loaded whole there, and on a CPU in fp32."""
+    base = load_config(CLUSTER / "run.yaml").student.model_name_or_path.rsplit("/", 1)[-1]
+    needed = PARAMETERS[base] * 4 / 2**30
+    assert {place: gib for place, gib in heads().items() if gib < needed} == {}
+
+
+def test_the_guide_says_what_a_cloud_must_allow():
+    """Ray's own security group lets in itself and ssh; Ray's own role may not hand on another."""
+    guide, aws = (ROOT / "docs/clusters.md").read_text(encoding="utf-8"), documents("ray_aws.yaml")[0]
+    assert any("mount -t efs" in command for command in aws["initialization_commands"])
+    assert f"`ray-autoscaler-{aws['cluster_name']}`" in guide and "2049" in guide
+    workers = [node["node_config"] for name, node in aws["available_node_types"].items() if name != "head"]
+    assert all("IamInstanceProfile" in node for node in workers) and "`iam:PassRole`" in guide
+
+
 def test_paths_of_the_run_are_on_the_storage_that_every_place_mounts():
     config = load_config(CLUSTER / "run.yaml")
     data = (config.data.train, config.data.validation, config.data.test)

@@ -35,6 +35,16 @@ def saved(request, tmp_path_factory):
     return adapter, single_scores(student, encoder, TEXTS)
 
 
+def test_a_streamed_base_answers_the_same_and_stays_out_of_memory(saved):
+    adapter, expected = saved
+    matcher = Matcher(adapter, streamed=True)
+    found = np.stack(matcher.predict(TEXTS), axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    frozen = [parameter for parameter in matcher.student.parameters() if not parameter.requires_grad]
+    held = sum(parameter.untyped_storage().nbytes() for parameter in frozen)
+    assert len(frozen) > 10 and held == sum(parameter.element_size() for parameter in frozen)  # a number in each place
+
+
 LIMITS = [BatchLimits(), BatchLimits(1), BatchLimits(400), BatchLimits(10_000, 3)]
 
 

@@ -1,5 +1,6 @@
 """One version for one adapter, whatever interrupts its registration; MLflow and the model are stood in for."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from flipkd_dist import registry
 from flipkd_dist.config import RunConfig
+from flipkd_dist.errors import UserError
 from flipkd_dist.registry import register
 
 EXAMPLE = [("a", "b")]
@@ -19,13 +21,26 @@ class Killed(BaseException):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """What was made and where the alias points; `answers` is what a version says."""
-    found = SimpleNamespace(versions=[], alias=None, answers=np.array([0.5]), dies=False)
+    found = SimpleNamespace(
+        versions=[], alias=None, answers=np.array([0.5]), dies=False, streams=True, logged=None, loaded=[]
+    )
 
-    def log(*_):
+    def log(*arguments):
+        found.logged, found.tried_with = arguments[-2:]
         found.versions.append(str(len(found.versions) + 1))
         return found.versions[-1]
 
-    def load(config, uri, example):
+    class Matcher:
+        def __init__(self, _, streamed=False):
+            if streamed and not found.streams:
+                raise UserError("lacks weights under the names of")
+            found.loaded.append((weakref.ref(self), streamed))
+
+        def predict(self, _):
+            return np.array([0.5]), np.array([0.5])
+
+    def load(config, uri, example, model_config):
+        found.beside, found.asked = [(one(), streamed) for one, streamed in found.loaded], model_config
         if found.dies:
             raise Killed
         return found.answers
@@ -33,9 +48,7 @@ def server(tmp_path, monkeypatch):
     card = SimpleNamespace(threshold=0.5, base_model="base", tuning="lora")
     monkeypatch.setattr(registry, "AdapterCard", SimpleNamespace(read=lambda _: card))
     monkeypatch.setattr(registry, "model_card", lambda *_: "card")
-    monkeypatch.setattr(
-        registry, "Matcher", lambda _: SimpleNamespace(predict=lambda _: (np.array([0.5]), np.array([0.5])))
-    )
+    monkeypatch.setattr(registry, "Matcher", Matcher)
     monkeypatch.setattr(registry, "log_pyfunc", log)
     monkeypatch.setattr(registry, "load_registered", load)
     monkeypatch.setattr(registry, "has_version", lambda config, name, version: version in found.versions)
@@ -73,3 +86,11 @@ def test_a_version_that_was_deleted_is_made_again(server):
     assert call(server) == "1"
     server.versions[0] = "gone"
     assert call(server) == "2"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_the_base_is_streamed_where_it_can_be_and_never_lies_there_twice(server, streams):
+    server.streams = streams
+    assert call(server) == "1"
+    assert server.logged["streamed"] is False and server.asked == server.tried_with == {"streamed": streams}
+    assert server.beside == [(None, streams)]  # one model was made, and it is gone before the registered version comes
