@@ -257,10 +257,10 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def join_world(use_gpu: bool, timeout_s: int) -> World:
-    """The world of this process: the group that exists (Ray), the launcher's (RANK, WORLD_SIZE), or one process.
+    """The world of this process: Ray's or the launcher's (RANK, WORLD_SIZE), or one process; joined at the first call.
 
     Raises:
-        UserError: the launcher's processes do not find each other.
+        UserError: the processes do not find each other.
     """
     device = torch.device("cpu")
     if use_gpu:

@@ -12,6 +12,7 @@ from flipkd_dist.console import log_file
 from flipkd_dist.errors import StoppedOnRequest, UserError, WorkerFailed
 from flipkd_dist.failures import first_cause, forget, one_line
 from flipkd_dist.ray_head import check_head, die_with_head, end_with_head, head_lost, refusal
+from flipkd_dist.ray_meeting import meeting
 from flipkd_dist.ray_pool import autoscales, task_options
 from flipkd_dist.ray_watch import Watch, callback, ended, is_exported
 from flipkd_dist.run_folder import RunFolder, write_whole
@@ -168,7 +169,7 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
     """Let Ray Train start the workers; `config` says whether they have GPUs."""
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     distributed, gpu, need = config.distributed, config.distributed.use_gpu, worker_resources(config)
     fixed = distributed.min_workers == distributed.max_workers
@@ -183,7 +184,7 @@ def _fit(config: RunConfig, work: dict[str, Any]) -> None:
             resources_per_worker=need,
             elastic_resize_monitor_interval_s=resize_interval_s(),
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=distributed.timeout_s),
+        torch_config=meeting(),
         run_config=TrainRunConfig(
             name="-".join([config.name, *work["stages"]]),
             storage_path=distributed.storage_path or str((config.run_dir / "ray").resolve()),

@@ -24,6 +24,7 @@ logger = logging.getLogger("flipkd_dist")
 RESOLVE_S = 10.0  # a name may appear a little after its machine
 CONNECT_S = 5.0  # to try one address; well below any timeout_s that is of use
 FAREWELL_S = 3.0  # how long rank 0 keeps the store open so that all can read the verdict
+_served: list[dist.Store] = []  # by `serve`: a store that nobody holds ends
 
 
 def master() -> tuple[str, int]:
@@ -39,6 +40,12 @@ def master() -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"MASTER_PORT: {port} is no port: take a free one from 1024 to 65535")
     return host, int(port)
+
+
+def serve() -> int:
+    """Serve a store at a free port, which is this process's until its end; `open_store` of rank 0 will find it."""
+    _served.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True))
+    return _served[-1].port
 
 
 def meet(backend: str, timeout_s: float) -> dist.Store:

@@ -164,6 +164,17 @@ def test_what_a_restart_would_meet_again_is_said_at_once(config):
     assert "as its base does: train longer" in said
 
 
+def test_an_interface_that_is_not_there_is_said_at_once(config, undisturbed, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    began = time.monotonic()
+    refused = call("train", config, "name=nowhere")
+    print(f"a wrong interface: {time.monotonic() - began:.0f} s until the command ended")
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    wrong = f"flipkd: rank 0 on {socket.gethostname()}: GLOO_SOCKET_IFNAME: eth77 is no interface with an address here"
+    assert refused.stderr.splitlines()[-1].startswith(f"{wrong}: take one of "), refused.stderr[-3000:]
+    assert "started" not in refused.stderr and "Traceback" not in refused.stderr
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_five_kills_at_random_steps(config, undisturbed):

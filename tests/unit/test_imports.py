@@ -14,6 +14,7 @@ PACKAGE = ROOT / "flipkd_dist"
 OWNERS = {
     "ray": {
         "ray_launch.py",
+        "ray_meeting.py",
         "ray_pool.py",
         "ray_storage.py",
         "ray_process.py",

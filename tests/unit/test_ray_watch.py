@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch.distributed as dist
 
 from flipkd_dist import ray_watch
 from flipkd_dist.config import RunConfig
@@ -63,6 +64,23 @@ def test_what_a_restart_would_meet_again_ends_the_run(watch, config):
     watch.starting()
     with pytest.raises(WorkerFailed, match=r"^rank 0 on node1: ValueError: seven: .*failures has the traceback$"):
         watch.failed({0: ValueError("seven")}, {})
+
+
+def test_a_meeting_that_cannot_work_ends_the_run_and_one_that_a_worker_did_not_survive_does_not(watch, config):
+    gone = UserError("10.0.0.1:29500: rank 0 went away during the rendezvous: look at what it says")
+    gone.__cause__ = dist.DistStoreError("wait timeout after 300000ms")
+    note(config.run_dir, 1, gone)
+    watch.failed({1: gone}, {0: KILLED})
+    assert watch.cause.error == KILLED and not watch.cause.final
+    watch.starting()
+    note(config.run_dir, 1, gone)
+    watch.failed({1: gone}, {})  # the end of rank 0 is not known yet
+    assert not watch.cause.final
+    watch.starting()
+    wrong = UserError("rank 1 on node2: GLOO_SOCKET_IFNAME: eth7 is no interface with an address here")
+    note(config.run_dir, 1, wrong)
+    with pytest.raises(UserError, match=r"^rank 1 on node2: GLOO_SOCKET_IFNAME: eth7 is no interface"):
+        watch.failed({1: wrong}, {})
 
 
 def test_a_new_attempt_forgets_the_notes_of_the_one_before(watch, config):
