@@ -150,6 +150,18 @@ def test_a_controller_that_is_busy_is_asked_again(stand_in, tmp_path, busy):
     assert "back into the queue" in done.stdout
 
 
+def test_a_controller_that_never_answers_is_asked_for_a_minute(stand_in, tmp_path):
+    scontrol = f"echo $1 $2 >> {tmp_path}/asked; echo Unable to contact slurm controller; exit 1"
+    variables = dict(ASK_EVERY_S="0", SLURM_JOB_ID="7") | stand_in(scontrol=scontrol, flipkd="")
+    done = subprocess.run(
+        ["bash", "-uo", "pipefail", "-c", ". launchers/slurm_steps.sh; asked=yes; leave 75"], cwd=ROOT,
+        env=os.environ | variables, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (tmp_path / "asked").read_text().splitlines().count("show job") == 12
+    assert done.returncode == 75
+    assert "is not put back (scontrol show job: Unable to contact slurm controller): submit it again" in done.stderr
+
+
 @pytest.mark.parametrize("tasks", [{"SLURM_NTASKS": "3"}, {"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "1"}])
 def test_a_wrong_number_of_tasks_is_said_before_anything_is_scored(stand_in, tmp_path, tasks):
     (tmp_path / "two.yaml").write_text("name: x\ndistributed: {num_workers: 2}\ndata: {train: pairs.jsonl}\n")
